@@ -1,0 +1,40 @@
+"""Multi-head latent attention decode for DeepSeek-V2/V3-class models: one plan a step, one call a layer.
+
+Names are loaded at first use, so that importing the package (as engines do in every process) costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmla_backend.api import DecodePlan, mla_decode, plan_decode
+    from flashmla_backend.errors import FlashMLAError, InvalidArgument, Unsupported
+
+__all__ = [
+    "DecodePlan",
+    "FlashMLAError",
+    "InvalidArgument",
+    "Unsupported",
+    "mla_decode",
+    "plan_decode",
+]
+
+_HOME = {
+    "DecodePlan": "api",
+    "FlashMLAError": "errors",
+    "InvalidArgument": "errors",
+    "Unsupported": "errors",
+    "mla_decode": "api",
+    "plan_decode": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version("flashmla_backend")
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,175 @@
+"""The public API: plan a decode step once, then decode every layer with that plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from flashmla_backend import ops
+from flashmla_backend.errors import InvalidArgument, Unsupported
+from flashmla_backend.paging import D_QK, check_block_table, check_kv_cache, describe
+from flashmla_backend.schedule import row_tiles_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """One decode step as data: who reads which pages. Made by `plan_decode`, read by every layer's `mla_decode`."""
+
+    seq_lens: torch.Tensor  # [B] int32
+    block_table: torch.Tensor  # [B, W] int32
+    items: torch.Tensor  # [max_items, 4] int32: request, page_begin, page_end, split; unused rows are -1
+    part_offsets: torch.Tensor  # [parts + 1] int32: part p runs items[part_offsets[p] : part_offsets[p + 1]]
+    split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
+    s_q: int
+    h_q: int
+    h_kv: int
+    page_size: int
+    causal: bool
+
+    @property
+    def batch(self) -> int:
+        return self.seq_lens.shape[0]
+
+    def __str__(self) -> str:
+        offsets = self.part_offsets.tolist()
+        lines = [
+            f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads over {self.h_kv} KV heads, pages of "
+            f"{self.page_size}, {'causal' if self.causal else 'no mask'}: {offsets[-1]} work items on "
+            f"{len(offsets) - 1} parts, {int(self.split_offsets[-1])} partial results"
+        ]
+        for part, (first, last) in enumerate(pairwise(offsets)):
+            work = ", ".join(
+                f"request {r} pages {a}-{b}" + (f" -> split {s}" if s >= 0 else "")
+                for r, a, b, s in self.items[first:last].tolist()
+            )
+            lines.append(f"  part {part}: {work or 'idle'}")
+        return "\n".join(lines)
+
+
+def plan_decode(
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    s_q: int,
+    h_q: int,
+    h_kv: int = 1,
+    page_size: int = 64,
+    causal: bool = True,
+    num_sms: int | None = None,
+) -> DecodePlan:
+    """Schedule one decode step. Call once per step; every layer shares the plan.
+
+    Args:
+        seq_lens: [B] int32, tokens in the cache of each request, the `s_q` new ones included; 0 is an empty row.
+        block_table: [B, W] int32 page ids on the same device. Entries past a request's last page are never followed.
+        s_q: query tokens per request, the same for all (more than 1 for speculative decoding).
+        h_q: query heads.
+        h_kv: KV heads; `h_q` must be a multiple.
+        page_size: tokens per page of the cache: 16, 32, 64, 128 or 256.
+        causal: mask bottom-right: query i sees tokens up to len - s_q + i.
+        num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
+
+    Returns:
+        A plan: same lengths, shapes and `num_sms`, same plan.
+
+    Raises:
+        InvalidArgument: naming the argument, what it was and what is accepted. Values of `seq_lens` are checked on
+            the CPU only, since looking at them on a GPU would stall it.
+        Unsupported: the tensors are on a device this build has no kernels for.
+    """
+    for name, value in (("s_q", s_q), ("h_q", h_q), ("h_kv", h_kv)):
+        check_positive_int(name, value)
+    if h_q % h_kv:
+        raise InvalidArgument(f"h_q is {h_q}, h_kv {h_kv}; accepted: h_q a multiple of h_kv")
+    check_block_table(block_table, seq_lens, page_size)
+    check_device(seq_lens.device)
+    if num_sms is None:
+        num_sms = torch.get_num_threads()
+    check_positive_int("num_sms", num_sms)
+    row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
+    items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms)
+    return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, s_q, h_q, h_kv, page_size, causal)
+
+
+def mla_decode(
+    q: torch.Tensor, kv_cache: torch.Tensor, plan: DecodePlan, *, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed multi-head latent attention of one layer over the paged latent cache (arXiv:2405.04434, section 2.1).
+
+    Args:
+        q: [B, S_q, H_q, 576] bf16, fp16 or fp32: 512 latent columns, then 64 rope columns.
+        kv_cache: [P, page_size, H_kv, 576], q's dtype; V is its first 512 columns. Page and row strides are free.
+        plan: from `plan_decode`, for these shapes and these lengths.
+        softmax_scale: factor on q @ k before the softmax; for DeepSeek models (128 + 64) ** -0.5 times the square of
+            yarn's mscale, not 576 ** -0.5.
+
+    Returns:
+        out [B, S_q, H_q, 512] in q's dtype, and lse [B, S_q, H_q] fp32, the natural log of the sum of exponentials.
+        A query that sees no token has out 0 and lse -inf.
+
+    Raises:
+        InvalidArgument: naming the argument, what it was and what is accepted.
+        Unsupported: the tensors are on a device this build has no kernels for.
+    """
+    check_query(q, plan)
+    check_kv_cache(kv_cache, plan.page_size, plan.h_kv)
+    if kv_cache.dtype != q.dtype or kv_cache.device != q.device:
+        raise InvalidArgument(
+            f"kv_cache is {describe(kv_cache)} on {kv_cache.device}, q {describe(q)} on {q.device}; accepted: the "
+            "same dtype and device"
+        )
+    check_softmax_scale(softmax_scale)
+    return ops.mla_decode(
+        q,
+        kv_cache,
+        plan.block_table,
+        plan.seq_lens,
+        plan.items,
+        plan.part_offsets,
+        plan.split_offsets,
+        float(softmax_scale),
+        plan.causal,
+    )
+
+
+def check_query(q: torch.Tensor, plan: DecodePlan) -> None:
+    if q.dim() != 4 or q.shape[3] != D_QK:
+        raise InvalidArgument(f"q is {describe(q)}; accepted: [B, S_q, H_q, {D_QK}]")
+    expected = (plan.batch, plan.s_q, plan.h_q)
+    if tuple(q.shape[:3]) != expected:
+        raise InvalidArgument(f"q is {describe(q)}, the plan was made for other shapes; accepted: {[*expected, D_QK]}")
+    if q.device != plan.seq_lens.device:
+        raise InvalidArgument(f"q is on {q.device}, the plan on {plan.seq_lens.device}; accepted: the same device")
+    check_device(q.device)
+    if q.dtype not in DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise InvalidArgument(f"q is {describe(q)}; accepted: {accepted}")
+    if q.stride(3) != 1:
+        raise InvalidArgument(f"q has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
+
+
+def check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise Unsupported(
+            f"this build has no decode kernels for {device}: keep the tensors on the CPU, or leave the engine's "
+            "built-in backend in place"
+        )
+
+
+def check_softmax_scale(softmax_scale: float) -> None:
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise InvalidArgument(
+            f"softmax_scale is {softmax_scale!r} of type {type(softmax_scale).__name__}; accepted: a Python float"
+        )
+    if not math.isfinite(softmax_scale):
+        raise InvalidArgument(f"softmax_scale is {softmax_scale}; accepted: a finite number")
+
+
+def check_positive_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{name} is {value!r}; accepted: an integer of at least 1")

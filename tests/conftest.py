@@ -1,0 +1,73 @@
+"""Shared builders: a paged cache in which everything a request does not own is poison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+POISON_PAGE = 2147480000  # an id no cache has: following it is an out-of-bounds read
+
+
+@dataclass
+class Problem:
+    q: torch.Tensor  # [B, S_q, H_q, 576]
+    kv_cache: torch.Tensor  # [P, page_size, H_kv, 576], NaN wherever no request has written
+    block_table: torch.Tensor  # [B, W] int32, POISON_PAGE past each request's last page
+    seq_lens: torch.Tensor  # [B] int32
+
+
+def make_problem(
+    lengths: list[int],
+    *,
+    s_q: int = 1,
+    h_q: int = 16,
+    h_kv: int = 1,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Problem:
+    """Random data in shuffled pages; NaN in unused rows and pages, POISON_PAGE in unused table entries."""
+    generator = torch.Generator().manual_seed(seed)
+    used = [-(-length // page_size) for length in lengths]
+    width = max([*used, 1]) + 2
+    num_pages = sum(used) + 3
+    ids = torch.randperm(num_pages, generator=generator)
+    kv_cache = torch.full((num_pages, page_size, h_kv, 576), float("nan"), dtype=dtype)
+    block_table = torch.full((len(lengths), width), POISON_PAGE, dtype=torch.int32)
+    first = 0
+    for request, (length, pages) in enumerate(zip(lengths, used, strict=True)):
+        own = ids[first : first + pages]
+        first += pages
+        block_table[request, :pages] = own.int()
+        tokens = torch.randn(length, h_kv, 576, generator=generator).to(dtype)
+        for slot, page in enumerate(own.tolist()):
+            rows = tokens[slot * page_size : (slot + 1) * page_size]
+            kv_cache[page, : len(rows)] = rows
+    q = torch.randn(len(lengths), s_q, h_q, 576, generator=generator).to(dtype)
+    return Problem(q, kv_cache, block_table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def check_close(out: torch.Tensor, lse: torch.Tensor, expected_out: torch.Tensor, expected_lse: torch.Tensor) -> None:
+    """FlashMLA's own bounds: out within 8e-4 or 2.01/128 relative and a cosine difference of 5e-6; lse within 1e-6 or
+    8.01/65536 relative; infinities in the same places, NaN nowhere."""
+    assert not out.isnan().any() and not lse.isnan().any()
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    close(out.double(), expected_out, absolute=8e-4, relative=2.01 / 128)
+    finite = expected_lse.isfinite()
+    close(lse[finite].double(), expected_lse[finite], absolute=1e-6, relative=8.01 / 65536)
+    x, y = out.double().flatten(), expected_out.flatten()
+    if y.norm() > 0:
+        assert 1 - 2 * (x @ y) / (x @ x + y @ y) < 5e-6
+
+
+def close(x: torch.Tensor, y: torch.Tensor, *, absolute: float, relative: float) -> None:
+    error = (x - y).abs()
+    wrong = (error > absolute) & (error > relative * y.abs())
+    if wrong.any():
+        worst = int(error.masked_fill(~wrong, 0).argmax())
+        pytest.fail(
+            f"{int(wrong.sum())} of {x.numel()} values out of bounds, worst at {worst}: "
+            f"{x.flatten()[worst]:.6g} instead of {y.flatten()[worst]:.6g}"
+        )
