@@ -1,0 +1,57 @@
+// Absorbed multi-head latent attention over a paged latent cache, one decode step of one layer.
+//
+// q [B, S_q, H_q, 576], cache [P, page_size, H_kv, 576] with V its first 512 columns, out [B, S_q,
+// H_q, 512]. Query row r of a KV head is query token r / group, head r % group, group = H_q / H_kv.
+#pragma once
+
+#include <stdint.h>
+
+#include "flashmla/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum flashmla_dtype {
+  FLASHMLA_BF16 = 0,
+  FLASHMLA_FP16 = 1,
+} flashmla_dtype;
+
+typedef struct flashmla_decode_params {
+  flashmla_dtype dtype;
+  int batch, s_q, h_q, h_kv;
+  int page_size;  // a multiple of 64
+  int num_pages;
+  int num_parts;
+  int causal;           // bottom-right mask: query i sees tokens up to len - s_q + i
+  float softmax_scale;  // > 0
+
+  const void* q;
+  int64_t q_batch_stride, q_token_stride,
+      q_head_stride;  // in elements, multiples of 8; columns contiguous
+  const void* kv;
+  int64_t kv_page_stride, kv_row_stride,
+      kv_head_stride;  // in elements, multiples of 8; columns contiguous
+
+  const int32_t* seq_lens;     // [B]
+  const int32_t* block_table;  // [B, block_table_stride]
+  int64_t block_table_stride;
+
+  const int32_t* items;          // [.., 4] request, page_begin, page_end, split; 16-byte aligned
+  const int32_t* part_offsets;   // [num_parts + 1]
+  const int32_t* split_offsets;  // [B + 1]
+
+  void* out;           // [B, S_q, H_q, 512] contiguous
+  float* lse;          // [B, S_q, H_q]
+  float* partial_out;  // [splits, H_kv, rows, 512]
+  float* partial_lse;  // [splits, H_kv, rows]
+
+  void* stream;  // cudaStream_t
+} flashmla_decode_params;
+
+// Enqueues the decode and the combine kernel. Errors: INVALID_ARGUMENT, CUDA_ERROR.
+flashmla_status flashmla_decode(const flashmla_decode_params* params);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,119 @@
+// Launches the decode and the combine kernel.
+#include <cuda_runtime_api.h>
+
+#include "flashmla/decode.h"
+#include "host/error.h"
+#include "sm90/combine.cuh"
+#include "sm90/decode.cuh"
+
+namespace flashmla {
+namespace {
+
+// The cache as 64-column tiles: one box is a page in the layout that wgmma reads.
+flashmla_status make_kv_map(const flashmla_decode_params& p, CUtensorMap* map) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<Encode>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr)
+    return fail(FLASHMLA_CUDA_ERROR, "the driver has no cuTensorMapEncodeTiled: update the driver");
+  const auto rows = static_cast<cuuint64_t>(p.page_size), heads = static_cast<cuuint64_t>(p.h_kv),
+             pages = static_cast<cuuint64_t>(p.num_pages);
+  const auto bytes = [](int64_t elements) { return static_cast<cuuint64_t>(elements) * 2; };
+  const cuuint64_t sizes[5] = {64, rows, kTiles, heads, pages};
+  const cuuint64_t strides[4] = {bytes(p.kv_row_stride), bytes(64), bytes(p.kv_head_stride),
+                                 bytes(p.kv_page_stride)};
+  const cuuint32_t box[5] = {64, kTileTokens, kTiles, 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const CUresult result = encode(
+      map,
+      p.dtype == FLASHMLA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      5, const_cast<void*>(p.kv), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    return fail(FLASHMLA_CUDA_ERROR, "cuTensorMapEncodeTiled: error %d", result);
+  return FLASHMLA_OK;
+}
+
+template <typename... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int threads,
+                             size_t shared_bytes, void* stream, const DecodeArguments& arguments) {
+  cudaLaunchAttribute early_start{};
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early_start;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments);
+}
+
+template <typename Element>
+flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments) {
+  constexpr size_t kSharedBytes =
+      sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(decode_kernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(kSharedBytes));
+  if (allowed != cudaSuccess)
+    return fail(FLASHMLA_CUDA_ERROR, "shared memory: %s", cudaGetErrorString(allowed));
+  const dim3 grid((arguments.rows + kTileRows - 1) / kTileRows, p.h_kv, p.num_parts);
+  cudaError_t error =
+      launch_dependent(decode_kernel<Element>, grid, kThreads, kSharedBytes, p.stream, arguments);
+  if (error != cudaSuccess)
+    return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
+  constexpr int kCombineBlocks = 132 * 4;
+  const int combine_blocks = p.batch * p.h_kv * arguments.rows;
+  error = launch_dependent(combine_kernel<Element>,
+                           dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
+                           kCombineThreads, 0, p.stream, arguments);
+  if (error != cudaSuccess)
+    return fail(FLASHMLA_CUDA_ERROR, "combine launch: %s", cudaGetErrorString(error));
+  return FLASHMLA_OK;
+}
+
+}  // namespace
+}  // namespace flashmla
+
+flashmla_status flashmla_decode(const flashmla_decode_params* params) {
+  using namespace flashmla;
+  const flashmla_decode_params& p = *params;
+  if (p.batch == 0) return FLASHMLA_OK;
+  DecodeArguments arguments{};
+  if (const flashmla_status status = make_kv_map(p, &arguments.kv_map)) return status;
+  arguments.q = p.q;
+  arguments.q_batch_stride = p.q_batch_stride;
+  arguments.q_token_stride = p.q_token_stride;
+  arguments.q_head_stride = p.q_head_stride;
+  arguments.seq_lens = p.seq_lens;
+  arguments.block_table = p.block_table;
+  arguments.block_table_stride = p.block_table_stride;
+  arguments.items = reinterpret_cast<const int4*>(p.items);
+  arguments.part_offsets = p.part_offsets;
+  arguments.split_offsets = p.split_offsets;
+  arguments.out = p.out;
+  arguments.lse = p.lse;
+  arguments.partial_out = p.partial_out;
+  arguments.partial_lse = p.partial_lse;
+  arguments.batch = p.batch;
+  arguments.s_q = p.s_q;
+  arguments.h_q = p.h_q;
+  arguments.h_kv = p.h_kv;
+  arguments.group = p.h_q / p.h_kv;
+  arguments.rows = p.s_q * arguments.group;
+  arguments.tiles_per_page = p.page_size / kTileTokens;
+  arguments.causal = p.causal != 0;
+  arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  return p.dtype == FLASHMLA_BF16 ? launch<__nv_bfloat16>(p, arguments)
+                                  : launch<__half>(p, arguments);
+}

@@ -1,0 +1,51 @@
+// What the decode and combine kernels are told; a by-value kernel argument.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace flashmla {
+
+constexpr int kLatent = 512;
+constexpr int kWidth = 576;
+constexpr int kTileRows = 64;    // query rows of a thread block
+constexpr int kTileTokens = 64;  // KV tokens of a page as the schedule counts them
+constexpr int kTiles = kWidth / 64;
+
+struct DecodeArguments {
+  CUtensorMap kv_map;  // dimensions: 64 columns, page_size rows, 9 column tiles, H_kv heads, pages
+  const void* q;
+  int64_t q_batch_stride, q_token_stride, q_head_stride;
+  const int32_t* seq_lens;
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  const int4* items;
+  const int32_t* part_offsets;
+  const int32_t* split_offsets;
+  void* out;
+  float* lse;
+  float* partial_out;
+  float* partial_lse;
+  int batch, s_q, h_q, h_kv;
+  int group;           // h_q / h_kv
+  int rows;            // s_q * group
+  int tiles_per_page;  // page_size / 64
+  bool causal;
+  float scale_log2;  // softmax scale * log2(e)
+};
+
+// Offset of row `row` of KV head `kv_head` in [B, S_q, H_q].
+__device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int request, int kv_head,
+                                              int row) {
+  const int token = row / a.group, head = row % a.group;
+  return (static_cast<int64_t>(request) * a.s_q + token) * a.h_q + kv_head * a.group + head;
+}
+
+// Offset of the same row in [splits, H_kv, rows].
+__device__ __forceinline__ int64_t partial_row(const DecodeArguments& a, int split, int kv_head,
+                                               int row) {
+  return (static_cast<int64_t>(split) * a.h_kv + kv_head) * a.rows + row;
+}
+
+}  // namespace flashmla

@@ -1,0 +1,38 @@
+// Copies into shared memory: TMA boxes and 16-byte cp.async.
+#pragma once
+
+#include <cuda.h>
+
+#include "sm90/ptx/mbarrier.cuh"
+
+namespace flashmla::ptx {
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Cache policy for data read once.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
+// One box of a 5-D tensor map; its bytes complete on `barrier`.
+__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map,
+                                            Mbarrier* barrier, int c0, int c1, int c2, int c3,
+                                            int c4, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(destination)),
+      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_async_16(void* destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(destination)),
+               "l"(source)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+}  // namespace flashmla::ptx

@@ -1,0 +1,117 @@
+// Online softmax of one 64 x 64 tile of scores, held as the accumulator of m64n64 by one warpgroup.
+//
+// A thread holds columns 8 n + 2 (lane % 4) + {0, 1} of rows lane / 4 and lane / 4 + 8 of its
+// warp's 16 rows: scores[4 n + 0, 1] belong to the first row, scores[4 n + 2, 3] to the second.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace flashmla {
+
+constexpr float kNegativeInfinity = -__builtin_huge_valf();
+
+// O is rescaled only when a row's maximum has grown by more than 2^8: until then exp2 stays in
+// range without it.
+constexpr float kLazyRescale = 8.0f;
+
+template <typename Element>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+struct OnlineSoftmax {
+  float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
+  float sum[2] = {0.0f, 0.0f};                                // of this thread's columns only
+
+  // Hides columns from `visible[row]` on, turns scores into probabilities relative to the running
+  // maximum and packs them as the A operand of four k16 steps. Returns whether this warp's rows of
+  // O must be multiplied by `rescale`.
+  template <typename Element>
+  __device__ __forceinline__ bool step(float (&scores)[32], const int (&visible)[2],
+                                       float scale_log2, uint32_t (&probabilities)[4][4],
+                                       float (&rescale)[2]) {
+    if (visible[0] < 64 || visible[1] < 64) {
+      const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        if (8 * (i / 4) + column + (i & 1) >= visible[(i >> 1) & 1]) scores[i] = kNegativeInfinity;
+      }
+    }
+    float largest[2] = {scores[0], scores[2]};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) largest[(i >> 1) & 1] = fmaxf(largest[(i >> 1) & 1], scores[i]);
+    bool grown = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = quad_max(largest[r]);
+      grown |= (largest[r] - maximum[r]) * scale_log2 > kLazyRescale;
+    }
+    const bool must_rescale = __any_sync(~0u, grown);
+    float anchor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float next = must_rescale ? fmaxf(maximum[r], largest[r]) : maximum[r];
+      // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
+      anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
+      rescale[r] = exp2f(maximum[r] * scale_log2 - anchor[r]);
+      maximum[r] = next;
+      sum[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int r = (i >> 1) & 1;
+      scores[i] = exp2f(fmaf(scores[i], scale_log2, -anchor[r]));
+      sum[r] += scores[i];
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        probabilities[k][j] = pack<Element>(scores[8 * k + 2 * j], scores[8 * k + 2 * j + 1]);
+      }
+    }
+    return must_rescale;
+  }
+
+  // Sums of whole rows; after the last step.
+  __device__ __forceinline__ void finish() {
+    sum[0] = quad_sum(sum[0]);
+    sum[1] = quad_sum(sum[1]);
+  }
+
+  // 1 / sum, 0 for a row that saw no token.
+  __device__ __forceinline__ float inverse_sum(int r) const {
+    return sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+  }
+
+  // Natural log of the sum of exponentials, -inf for a row that saw no token.
+  __device__ __forceinline__ float log_sum(int r, float scale_log2) const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    return sum[r] > 0.0f ? (maximum[r] * scale_log2 + log2f(sum[r])) * kLn2 : kNegativeInfinity;
+  }
+};
+
+}  // namespace flashmla
