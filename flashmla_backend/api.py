@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from flashmla_backend import ops
+from flashmla_backend import flashinfer_path, ops
+from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
-from flashmla_backend.paging import D_QK, check_block_table, check_kv_cache, describe
-from flashmla_backend.schedule import row_tiles_of
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from flashmla_backend.flashinfer_path import FlashInferPlan
+from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, describe
+from flashmla_backend.schedule import max_splits, num_parts, row_tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +26,22 @@ class DecodePlan:
     items: torch.Tensor  # [max_items, 4] int32: request, page_begin, page_end, split; unused rows are -1
     part_offsets: torch.Tensor  # [parts + 1] int32: part p runs items[part_offsets[p] : part_offsets[p + 1]]
     split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
+    partial_out: torch.Tensor  # [max_splits, H_kv, rows, 512] fp32 workspace of the layers; empty on the CPU
+    partial_lse: torch.Tensor  # [max_splits, H_kv, rows] fp32
     s_q: int
     h_q: int
     h_kv: int
     page_size: int
     causal: bool
+    flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
 
     @property
     def batch(self) -> int:
         return self.seq_lens.shape[0]
 
     def __str__(self) -> str:
+        if self.flashinfer is not None:
+            return f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads, planned by FlashInfer"
         offsets = self.part_offsets.tolist()
         lines = [
             f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads over {self.h_kv} KV heads, pages of "
@@ -61,6 +67,7 @@ def plan_decode(
     page_size: int = 64,
     causal: bool = True,
     num_sms: int | None = None,
+    reuse: DecodePlan | None = None,
 ) -> DecodePlan:
     """Schedule one decode step. Call once per step; every layer shares the plan.
 
@@ -70,9 +77,12 @@ def plan_decode(
         s_q: query tokens per request, the same for all (more than 1 for speculative decoding).
         h_q: query heads.
         h_kv: KV heads; `h_q` must be a multiple.
-        page_size: tokens per page of the cache: 16, 32, 64, 128 or 256.
+        page_size: tokens per page of the cache: 16, 32, 64, 128 or 256; the Hopper kernels take 64, 128 and 256.
         causal: mask bottom-right: query i sees tokens up to len - s_q + i.
         num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
+        reuse: an earlier plan of the same shapes, whose buffers then hold the new schedule; the earlier plan is of no
+            use any more. Layers captured in a CUDA graph with that plan read the new schedule when replayed; they
+            also read `seq_lens` and `block_table` where these lay at capture, so keep both in persistent tensors.
 
     Returns:
         A plan: same lengths, shapes and `num_sms`, same plan.
@@ -80,20 +90,52 @@ def plan_decode(
     Raises:
         InvalidArgument: naming the argument, what it was and what is accepted. Values of `seq_lens` are checked on
             the CPU only, since looking at them on a GPU would stall it.
-        Unsupported: the tensors are on a device this build has no kernels for.
+        Unsupported: the tensors are on a device that nothing installed has kernels for.
     """
     for name, value in (("s_q", s_q), ("h_q", h_q), ("h_kv", h_kv)):
         check_positive_int(name, value)
     if h_q % h_kv:
         raise InvalidArgument(f"h_q is {h_q}, h_kv {h_kv}; accepted: h_q a multiple of h_kv")
     check_block_table(block_table, seq_lens, page_size)
-    check_device(seq_lens.device)
+    path = path_of(seq_lens.device)
+    check_page_size(page_size, seq_lens.device)
     if num_sms is None:
-        num_sms = torch.get_num_threads()
+        num_sms = default_num_sms(seq_lens.device)
     check_positive_int("num_sms", num_sms)
+    shape: dict[str, Any] = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "page_size": page_size, "causal": causal}
+    if path == "flashinfer":
+        if reuse is not None:
+            raise Unsupported(
+                f"reuse was given: FlashInfer serves {seq_lens.device}, and its plans cannot be rewritten"
+            )
+        empty = torch.empty(0, dtype=torch.int32, device=seq_lens.device)
+        made = flashinfer_path.plan(seq_lens, block_table, **shape)
+        return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
-    items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms)
-    return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, s_q, h_q, h_kv, page_size, causal)
+    if reuse is None:
+        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms)
+        partial_out, partial_lse = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv)
+        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, partial_out, partial_lse, **shape)
+    check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
+    ops.schedule_into(seq_lens, row_tiles, num_sms, reuse.items, reuse.part_offsets, reuse.split_offsets)
+    return replace(reuse, seq_lens=seq_lens, block_table=block_table)
+
+
+def make_workspaces(path: str, part_offsets: torch.Tensor, rows: int, h_kv: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the partial results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32."""
+    splits = max_splits(part_offsets.shape[0] - 1) if path == "sm90" else 0
+    partial_out = part_offsets.new_empty((splits, h_kv, rows, D_V), dtype=torch.float32)
+    return partial_out, part_offsets.new_empty((splits, h_kv, rows), dtype=torch.float32)
+
+
+def check_reusable(
+    reuse: DecodePlan, seq_lens: torch.Tensor, row_tiles: int, num_sms: int, shape: dict[str, Any]
+) -> None:
+    made_for = {"batch": reuse.batch, "parts": reuse.part_offsets.shape[0] - 1, "device": reuse.items.device}
+    made_for |= {name: getattr(reuse, name) for name in shape}
+    wanted = {"batch": seq_lens.shape[0], "parts": num_parts(num_sms, row_tiles), "device": seq_lens.device} | shape
+    if made_for != wanted:
+        raise InvalidArgument(f"reuse was made for {made_for}; accepted for this step: {wanted}")
 
 
 def mla_decode(
@@ -102,11 +144,11 @@ def mla_decode(
     """Absorbed multi-head latent attention of one layer over the paged latent cache (arXiv:2405.04434, section 2.1).
 
     Args:
-        q: [B, S_q, H_q, 576] bf16, fp16 or fp32: 512 latent columns, then 64 rope columns.
+        q: [B, S_q, H_q, 576] bf16 or fp16, on the CPU also fp32: 512 latent columns, then 64 rope columns.
         kv_cache: [P, page_size, H_kv, 576], q's dtype; V is its first 512 columns. Page and row strides are free.
         plan: from `plan_decode`, for these shapes and these lengths.
-        softmax_scale: factor on q @ k before the softmax; for DeepSeek models (128 + 64) ** -0.5 times the square of
-            yarn's mscale, not 576 ** -0.5.
+        softmax_scale: factor on q @ k before the softmax, greater than 0; for DeepSeek models (128 + 64) ** -0.5 times
+            the square of yarn's mscale, not 576 ** -0.5.
 
     Returns:
         out [B, S_q, H_q, 512] in q's dtype, and lse [B, S_q, H_q] fp32, the natural log of the sum of exponentials.
@@ -114,7 +156,7 @@ def mla_decode(
 
     Raises:
         InvalidArgument: naming the argument, what it was and what is accepted.
-        Unsupported: the tensors are on a device this build has no kernels for.
+        Unsupported: the tensors are on a device that nothing installed has kernels for.
     """
     check_query(q, plan)
     check_kv_cache(kv_cache, plan.page_size, plan.h_kv)
@@ -124,6 +166,8 @@ def mla_decode(
             "same dtype and device"
         )
     check_softmax_scale(softmax_scale)
+    if plan.flashinfer is not None:
+        return flashinfer_path.decode(q, kv_cache, plan.flashinfer, float(softmax_scale))
     return ops.mla_decode(
         q,
         kv_cache,
@@ -132,6 +176,8 @@ def mla_decode(
         plan.items,
         plan.part_offsets,
         plan.split_offsets,
+        plan.partial_out,
+        plan.partial_lse,
         float(softmax_scale),
         plan.causal,
     )
@@ -145,20 +191,12 @@ def check_query(q: torch.Tensor, plan: DecodePlan) -> None:
         raise InvalidArgument(f"q is {describe(q)}, the plan was made for other shapes; accepted: {[*expected, D_QK]}")
     if q.device != plan.seq_lens.device:
         raise InvalidArgument(f"q is on {q.device}, the plan on {plan.seq_lens.device}; accepted: the same device")
-    check_device(q.device)
-    if q.dtype not in DTYPES:
-        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+    dtypes = DTYPES[path_of(q.device)]
+    if q.dtype not in dtypes:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise InvalidArgument(f"q is {describe(q)}; accepted: {accepted}")
     if q.stride(3) != 1:
         raise InvalidArgument(f"q has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
-
-
-def check_device(device: torch.device) -> None:
-    if device.type != "cpu":
-        raise Unsupported(
-            f"this build has no decode kernels for {device}: keep the tensors on the CPU, or leave the engine's "
-            "built-in backend in place"
-        )
 
 
 def check_softmax_scale(softmax_scale: float) -> None:
@@ -166,8 +204,8 @@ def check_softmax_scale(softmax_scale: float) -> None:
         raise InvalidArgument(
             f"softmax_scale is {softmax_scale!r} of type {type(softmax_scale).__name__}; accepted: a Python float"
         )
-    if not math.isfinite(softmax_scale):
-        raise InvalidArgument(f"softmax_scale is {softmax_scale}; accepted: a finite number")
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise InvalidArgument(f"softmax_scale is {softmax_scale}; accepted: a finite number greater than 0")
 
 
 def check_positive_int(name: str, value: int) -> None:

@@ -9,17 +9,24 @@ to every layer, and those that pass an opaque object which the first call fills.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from flashmla_backend import ops
-from flashmla_backend.api import DecodePlan, check_positive_int, mla_decode, plan_decode
+from flashmla_backend.api import DecodePlan, check_positive_int, make_workspaces, mla_decode, plan_decode
+from flashmla_backend.dispatch import check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.paging import D_QK, D_V, check_block_table, describe
 from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
 
 METADATA_COLUMNS = 8
+
+# The layers of a step share the workspaces of the metadata tensor they are given, and no others.
+_workspaces: MutableMapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = WeakTensorKeyDictionary()
 
 
 @dataclass
@@ -60,7 +67,9 @@ def get_mla_metadata(
     check_positive_int("num_q_tokens_per_head_k", num_q_tokens_per_head_k)
     check_positive_int("num_heads_k", num_heads_k)
     row_tiles = row_tiles_of(num_q_tokens_per_head_k, num_heads_k)
-    items, part_offsets, split_offsets = ops.schedule(cache_seqlens, row_tiles, torch.get_num_threads())
+    check_pair_style(cache_seqlens.device)
+    num_sms = default_num_sms(cache_seqlens.device)
+    items, part_offsets, split_offsets = ops.schedule(cache_seqlens, row_tiles, num_sms)
     flat = torch.cat([items.flatten(), part_offsets, split_offsets])
     metadata = flat.new_zeros(metadata_rows(flat.numel()), METADATA_COLUMNS)
     metadata.view(-1)[: flat.numel()] = flat
@@ -92,7 +101,7 @@ def flash_mla_with_kvcache(
     """Absorbed MLA decode over a paged cache.
 
     Args:
-        q: [B, S_q, H_q, 576] bf16, fp16 or fp32.
+        q: [B, S_q, H_q, 576] bf16 or fp16, on the CPU also fp32.
         k_cache: [P, page_size, H_k, 576], q's dtype.
         block_table: [B, W] int32.
         cache_seqlens: [B] int32, the lengths that the metadata was made from.
@@ -146,7 +155,12 @@ def plan_from_object(
     cache_seqlens: torch.Tensor,
     causal: bool,
 ) -> DecodePlan:
-    shape = {"s_q": q.shape[1], "h_q": q.shape[2], "h_kv": k_cache.shape[2], "page_size": k_cache.shape[1]}
+    shape: dict[str, Any] = {
+        "s_q": q.shape[1],
+        "h_q": q.shape[2],
+        "h_kv": k_cache.shape[2],
+        "page_size": k_cache.shape[1],
+    }
     if metadata.plan is None:
         metadata.plan = plan_decode(cache_seqlens, block_table, causal=causal, **shape)
         return metadata.plan
@@ -175,8 +189,10 @@ def plan_from_pair(
         )
     s_q, h_q, page_size, h_kv = q.shape[1], q.shape[2], k_cache.shape[1], k_cache.shape[2]
     check_block_table(block_table, cache_seqlens, page_size)
+    check_page_size(page_size, cache_seqlens.device)
+    check_pair_style(cache_seqlens.device)
     batch = cache_seqlens.shape[0]
-    parts = num_parts(torch.get_num_threads(), row_tiles_of(s_q * h_q // h_kv, h_kv))
+    parts = num_parts(default_num_sms(cache_seqlens.device), row_tiles_of(s_q * h_q // h_kv, h_kv))
     sizes = [max_items(batch, parts) * 4, parts + 1, batch + 1]
     expected = (metadata_rows(sum(sizes)), METADATA_COLUMNS)
     if tuple(metadata.shape) != expected or metadata.dtype != torch.int32 or num_splits.shape != (batch + 1,):
@@ -191,12 +207,30 @@ def plan_from_pair(
         items.view(-1, 4),
         part_offsets,
         split_offsets,
+        *workspaces_of(metadata, part_offsets, s_q * h_q // h_kv, h_kv),
         s_q,
         h_q,
         h_kv,
         page_size,
         causal,
     )
+
+
+def workspaces_of(
+    metadata: torch.Tensor, part_offsets: torch.Tensor, rows: int, h_kv: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    held = _workspaces.get(metadata)
+    if held is None or held[1].shape[1:] != (h_kv, rows):
+        held = _workspaces[metadata] = make_workspaces(path_of(metadata.device), part_offsets, rows, h_kv)
+    return held
+
+
+def check_pair_style(device: torch.device) -> None:
+    if path_of(device) == "flashinfer":
+        raise Unsupported(
+            f"FlashInfer serves {device}, and its plans are no tensors: call get_mla_metadata() without arguments and "
+            "pass the object it returns"
+        )
 
 
 def metadata_rows(numbers: int) -> int:

@@ -68,7 +68,7 @@ def build_info() -> BuildInfo:
     Raises:
         Unsupported: the compiled module is not available.
     """
-    return BuildInfo(**_module().build_info())
+    return BuildInfo(**load().build_info())
 
 
 def devices() -> list[DeviceInfo]:
@@ -79,7 +79,7 @@ def devices() -> list[DeviceInfo]:
     Raises:
         Unsupported: the compiled module is not available, or the driver is too old for it or reports an error.
     """
-    module = _module()
+    module = load()
     try:
         return [_device_info(index, **module.device(index)) for index in range(module.device_count())]
     except RuntimeError as error:
@@ -96,7 +96,7 @@ def probe_failure(index: int) -> str | None:
         InvalidArgument: there is no such device.
         Unsupported: the compiled module is not available.
     """
-    module = _module()
+    module = load()
     try:
         module.probe(index)
     except ValueError as error:
@@ -106,7 +106,12 @@ def probe_failure(index: int) -> str | None:
     return None
 
 
-def _module() -> ModuleType:
+def load() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        Unsupported: it is not available.
+    """
     if reason := unavailable_reason():
         raise Unsupported(reason)
     return importlib.import_module(f"{__package__}._native")

@@ -48,6 +48,8 @@ def check_block_table(block_table: torch.Tensor, seq_lens: torch.Tensor, page_si
     check_page_size(page_size)
     if seq_lens.dim() != 1 or seq_lens.dtype != torch.int32:
         raise InvalidArgument(f"seq_lens is {describe(seq_lens)}; accepted: [B] int32")
+    if seq_lens.shape[0] > 1 and seq_lens.stride(0) != 1:
+        raise InvalidArgument(f"seq_lens has strides {tuple(seq_lens.stride())}; accepted: a contiguous vector")
     if block_table.dim() != 2 or block_table.dtype != torch.int32:
         raise InvalidArgument(f"block_table is {describe(block_table)}; accepted: [B, W] int32")
     if block_table.shape[0] != seq_lens.shape[0]:

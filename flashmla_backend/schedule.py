@@ -90,6 +90,11 @@ def max_items(batch: int, parts: int) -> int:
     return max(batch, MAX_ROUNDS * parts)
 
 
+def max_splits(parts: int) -> int:
+    """Upper bound of the number of partial results: only a batch of at most MAX_ROUNDS pieces per part is cut."""
+    return MAX_ROUNDS * parts
+
+
 def make_schedule(seq_lens: Sequence[int], row_tiles: int, num_sms: int, cost: CostModel | None = None) -> Schedule:
     """Work lists for one step.
 

@@ -1,11 +1,17 @@
 // flashmla_backend._native: the C ABI as a Python module. It knows nothing of torch, so that one
 // build serves every torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cstdint>
 #include <stdexcept>
 
 #include "flashmla/build_info.h"
+#include "flashmla/decode.h"
 #include "flashmla/device.h"
+#include "flashmla/naive.h"
+#include "flashmla/schedule.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -51,6 +57,91 @@ void probe(int index) {
   check(status);
 }
 
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Strides = std::array<int64_t, 3>;
+
+// What every decode kernel is told. Device pointers and the stream are integers.
+flashmla_decode_params decode_params(int dtype, std::array<int, 4> shape, int page_size,
+                                     int num_pages, bool causal, float softmax_scale, uintptr_t q,
+                                     Strides q_strides, uintptr_t kv, Strides kv_strides,
+                                     uintptr_t seq_lens, uintptr_t block_table,
+                                     int64_t block_table_stride, uintptr_t out, uintptr_t lse,
+                                     uintptr_t stream) {
+  flashmla_decode_params p{};
+  p.dtype = static_cast<flashmla_dtype>(dtype);
+  p.batch = shape[0];
+  p.s_q = shape[1];
+  p.h_q = shape[2];
+  p.h_kv = shape[3];
+  p.page_size = page_size;
+  p.num_pages = num_pages;
+  p.causal = causal;
+  p.softmax_scale = softmax_scale;
+  p.q = pointer<const void>(q);
+  p.q_batch_stride = q_strides[0];
+  p.q_token_stride = q_strides[1];
+  p.q_head_stride = q_strides[2];
+  p.kv = pointer<const void>(kv);
+  p.kv_page_stride = kv_strides[0];
+  p.kv_row_stride = kv_strides[1];
+  p.kv_head_stride = kv_strides[2];
+  p.seq_lens = pointer<const int32_t>(seq_lens);
+  p.block_table = pointer<const int32_t>(block_table);
+  p.block_table_stride = block_table_stride;
+  p.out = pointer<void>(out);
+  p.lse = pointer<float>(lse);
+  p.stream = pointer<void>(stream);
+  return p;
+}
+
+// The GIL stays held, here and below: the calls only enqueue.
+void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, int num_parts,
+            bool causal, float softmax_scale, uintptr_t q, Strides q_strides, uintptr_t kv,
+            Strides kv_strides, uintptr_t seq_lens, uintptr_t block_table,
+            int64_t block_table_stride, uintptr_t items, uintptr_t part_offsets,
+            uintptr_t split_offsets, uintptr_t out, uintptr_t lse, uintptr_t partial_out,
+            uintptr_t partial_lse, uintptr_t stream) {
+  flashmla_decode_params p =
+      decode_params(dtype, shape, page_size, num_pages, causal, softmax_scale, q, q_strides, kv,
+                    kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
+  p.num_parts = num_parts;
+  p.items = pointer<const int32_t>(items);
+  p.part_offsets = pointer<const int32_t>(part_offsets);
+  p.split_offsets = pointer<const int32_t>(split_offsets);
+  p.partial_out = pointer<float>(partial_out);
+  p.partial_lse = pointer<float>(partial_lse);
+  check(flashmla_decode(&p));
+}
+
+// The textbook kernel, for `flashmla bench`; it needs no schedule.
+void naive_decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, bool causal,
+                  float softmax_scale, uintptr_t q, Strides q_strides, uintptr_t kv,
+                  Strides kv_strides, uintptr_t seq_lens, uintptr_t block_table,
+                  int64_t block_table_stride, uintptr_t out, uintptr_t lse, uintptr_t stream) {
+  const flashmla_decode_params p =
+      decode_params(dtype, shape, page_size, num_pages, causal, softmax_scale, q, q_strides, kv,
+                    kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
+  check(flashmla_naive_decode(&p));
+}
+
+void schedule(int batch, int num_parts, std::array<int, 5> cost, uintptr_t seq_lens,
+              uintptr_t items, uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t stream) {
+  flashmla_schedule_params p{};
+  p.batch = batch;
+  p.num_parts = num_parts;
+  p.cost = {cost[0], cost[1], cost[2], cost[3], cost[4]};
+  p.seq_lens = pointer<const int32_t>(seq_lens);
+  p.items = pointer<int32_t>(items);
+  p.part_offsets = pointer<int32_t>(part_offsets);
+  p.split_offsets = pointer<int32_t>(split_offsets);
+  p.stream = pointer<void>(stream);
+  check(flashmla_schedule(&p));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -58,4 +149,13 @@ PYBIND11_MODULE(_native, module) {
   module.def("device_count", &device_count);
   module.def("device", &device, "index"_a);
   module.def("probe", &probe, "index"_a);
+  module.def("decode", &decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a, "num_parts"_a,
+             "causal"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "kv"_a, "kv_strides"_a,
+             "seq_lens"_a, "block_table"_a, "block_table_stride"_a, "items"_a, "part_offsets"_a,
+             "split_offsets"_a, "out"_a, "lse"_a, "partial_out"_a, "partial_lse"_a, "stream"_a);
+  module.def("naive_decode", &naive_decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a,
+             "causal"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "kv"_a, "kv_strides"_a,
+             "seq_lens"_a, "block_table"_a, "block_table_stride"_a, "out"_a, "lse"_a, "stream"_a);
+  module.def("schedule", &schedule, "batch"_a, "num_parts"_a, "cost"_a, "seq_lens"_a, "items"_a,
+             "part_offsets"_a, "split_offsets"_a, "stream"_a);
 }

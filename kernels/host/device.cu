@@ -5,6 +5,7 @@
 #include <cstdio>
 
 #include "flashmla/device.h"
+#include "host/device.h"
 #include "host/error.h"
 
 using flashmla::fail;
@@ -53,3 +54,58 @@ flashmla_status flashmla_device_query(int index, flashmla_device* device) {
   cudaDriverGetVersion(&device->driver_cuda_version);
   return FLASHMLA_OK;
 }
+
+namespace flashmla {
+namespace {
+
+constexpr int kRememberedDevices = 64;  // bits of a mask; a device beyond them is asked every time
+
+bool remembers(const std::atomic<uint64_t>& mask, int device) {
+  return device < kRememberedDevices && mask.load(std::memory_order_relaxed) >> device & 1;
+}
+
+void remember(std::atomic<uint64_t>* mask, int device) {
+  if (device < kRememberedDevices) mask->fetch_or(uint64_t{1} << device, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+flashmla_status require_hopper(int* device) {
+  static std::atomic<uint64_t> hoppers{0};
+  if (cudaGetDevice(device) == cudaSuccess && remembers(hoppers, *device)) return FLASHMLA_OK;
+  int count = 0;
+  if (const flashmla_status status = flashmla_device_count(&count)) return status;
+  if (count == 0)
+    return fail(FLASHMLA_UNSUPPORTED_DEVICE, "there is no CUDA device; the kernels run on Hopper");
+  cudaError_t error = cudaGetDevice(device);
+  int major = 0, minor = 0;
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, *device);
+  if (error != cudaSuccess)
+    return fail(FLASHMLA_CUDA_ERROR, "current device: %s", cudaGetErrorString(error));
+  if (major != 9 || minor != 0) {
+    return fail(FLASHMLA_UNSUPPORTED_DEVICE,
+                "device %d has compute capability %d.%d; the kernels of this build run on 9.0 "
+                "(Hopper)",
+                *device, major, minor);
+  }
+  remember(&hoppers, *device);
+  return FLASHMLA_OK;
+}
+
+flashmla_status allow_shared_memory(const void* kernel, size_t bytes, int device,
+                                    std::atomic<uint64_t>* done) {
+  if (remembers(*done, device)) return FLASHMLA_OK;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) {
+    return fail(FLASHMLA_CUDA_ERROR, "%zu bytes of shared memory: %s", bytes,
+                cudaGetErrorString(error));
+  }
+  remember(done, device);
+  return FLASHMLA_OK;
+}
+
+}  // namespace flashmla

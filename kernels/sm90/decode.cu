@@ -2,14 +2,16 @@
 #include <cuda_runtime_api.h>
 
 #include "flashmla/decode.h"
+#include "host/device.h"
 #include "host/error.h"
+#include "host/validate.h"
 #include "sm90/combine.cuh"
 #include "sm90/decode.cuh"
 
 namespace flashmla {
 namespace {
 
-// The cache as 64-column tiles: one box is a page in the layout that wgmma reads.
+// The cache as 64-column tiles: one box is a tile of 64 tokens in the layout that wgmma reads.
 flashmla_status make_kv_map(const flashmla_decode_params& p, CUtensorMap* map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
@@ -29,7 +31,7 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, CUtensorMap* map) {
   const cuuint64_t sizes[5] = {64, rows, kTiles, heads, pages};
   const cuuint64_t strides[4] = {bytes(p.kv_row_stride), bytes(64), bytes(p.kv_head_stride),
                                  bytes(p.kv_page_stride)};
-  const cuuint32_t box[5] = {64, kTileTokens, kTiles, 1, 1};
+  const cuuint32_t box[5] = {64, kTileTokens, 1, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
       map,
@@ -59,14 +61,14 @@ cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int thread
 }
 
 template <typename Element>
-flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments) {
+flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
+                       int device) {
   constexpr size_t kSharedBytes =
       sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
-  static const cudaError_t allowed =
-      cudaFuncSetAttribute(decode_kernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(kSharedBytes));
-  if (allowed != cudaSuccess)
-    return fail(FLASHMLA_CUDA_ERROR, "shared memory: %s", cudaGetErrorString(allowed));
+  static std::atomic<uint64_t> allowed{0};
+  if (const flashmla_status status = allow_shared_memory(
+          reinterpret_cast<const void*>(decode_kernel<Element>), kSharedBytes, device, &allowed))
+    return status;
   const dim3 grid((arguments.rows + kTileRows - 1) / kTileRows, p.h_kv, p.num_parts);
   cudaError_t error =
       launch_dependent(decode_kernel<Element>, grid, kThreads, kSharedBytes, p.stream, arguments);
@@ -88,6 +90,9 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
 flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   using namespace flashmla;
   const flashmla_decode_params& p = *params;
+  if (const flashmla_status status = validate(p)) return status;
+  int device = 0;
+  if (const flashmla_status status = require_hopper(&device)) return status;
   if (p.batch == 0) return FLASHMLA_OK;
   DecodeArguments arguments{};
   if (const flashmla_status status = make_kv_map(p, &arguments.kv_map)) return status;
@@ -114,6 +119,6 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.tiles_per_page = p.page_size / kTileTokens;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  return p.dtype == FLASHMLA_BF16 ? launch<__nv_bfloat16>(p, arguments)
-                                  : launch<__half>(p, arguments);
+  return p.dtype == FLASHMLA_BF16 ? launch<__nv_bfloat16>(p, arguments, device)
+                                  : launch<__half>(p, arguments, device);
 }

@@ -5,7 +5,7 @@
 //               warps 1-3 load the valid rows of Q (cp.async) as soon as the previous item has read
 //               its own
 //   left        S = Q K^T, softmax, P to registers and shared memory, O[:, :256] += P V
-//   right       zeroes V rows past the length, O[:, 256:] += P V with P from shared memory
+//   right       O[:, 256:] += P V with P from shared memory
 //
 // P of a page takes the place of that page's rope columns, which nobody reads after S.
 #pragma once
@@ -23,8 +23,12 @@ constexpr int kStages = 2;
 constexpr int kThreads = 384;
 constexpr int kRopeTile = kTiles - 1;
 constexpr int kHalfTiles = 4;  // column tiles of half a latent
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;  // with the producer 504 = 3 x 168, the launch allocation
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 224;  // with the producer 504 = 3 x 168, the launch allocation
+
+// A page arrives in groups of column tiles, so that S starts before the page is complete.
+constexpr int kGroups = 4;
+__device__ constexpr int group_begin(int group) { return group == kGroups ? kTiles : 2 * group; }
 
 using Tile = uint8_t[ptx::kTileBytes];
 
@@ -35,17 +39,16 @@ struct DecodeShared {
   bool must_rescale[kStages][4];           // by warp
   float inverse_sum[kStages][kTileRows];
   ptx::Mbarrier q_full, q_empty;
-  ptx::Mbarrier kv_full[kStages], kv_empty[kStages];
+  ptx::Mbarrier kv_full[kStages][kGroups];
+  ptx::Mbarrier left_empty[kStages];  // tiles 0 .. 3, released by the left warpgroup
+  ptx::Mbarrier
+      right_empty[kStages];  // tiles 4 .. 8, released by the right one: by then S is long done
 };
 static_assert(sizeof(DecodeShared) + 1024 <= 232448, "shared memory of an SM");
 
-// Named barriers; 0 is __syncthreads. The first two exist once per stage: a stage is refilled only
-// when both warpgroups have released it, so neither can be a full round ahead of the other.
-enum Barrier : int {
-  kProbabilitiesReady = 1,
-  kTailZeroed = 1 + kStages,
-  kRightGroup = 1 + 2 * kStages
-};
+// Named barriers; 0 is __syncthreads. The first exists once per stage: the right warpgroup frees
+// P's place only after its own wait, so the left one is never a full round ahead.
+enum Barrier : int { kProbabilitiesReady = 1, kLeftGroup = 1 + kStages };
 
 struct RingPosition {
   int stage = 0;
@@ -63,12 +66,13 @@ struct Item {
   __device__ __forceinline__ int pages() const { return page_end - page_begin; }
 };
 
-// --- producer
-// -------------------------------------------------------------------------------------------------
+// --- producer ---
 
 __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, int first, int last) {
   const int lane = threadIdx.x % 32;
+  const uint32_t group_bytes =
+      (lane == kGroups - 1 ? kTiles - group_begin(kGroups - 1) : 2) * ptx::kTileBytes;
   RingPosition ring;
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
@@ -80,14 +84,24 @@ __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeSha
       const int count = min(32, item.page_end - base);
       for (int j = 0; j < count; ++j) {
         const int page = __shfl_sync(~0u, page_id, j);
-        ptx::mbarrier_wait(&shared.kv_empty[ring.stage], ring.parity ^ 1);
-        if (lane == 0) {
-          ptx::mbarrier_arrive_expect_tx(&shared.kv_full[ring.stage], kTiles * ptx::kTileBytes);
-          const int row = (base + j) % a.tiles_per_page * kTileTokens;
-          ptx::tma_load_5d(shared.kv[ring.stage], &a.kv_map, &shared.kv_full[ring.stage], 0, row, 0,
-                           kv_head, page, ptx::kEvictFirst);
-        }
+        const int row = (base + j) % a.tiles_per_page * kTileTokens;
+        const int stage = ring.stage;
+        ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
+        if (lane < 2) ptx::mbarrier_arrive_expect_tx(&shared.kv_full[stage][lane], group_bytes);
         __syncwarp();
+        if (lane < kHalfTiles) {
+          ptx::tma_load_5d(shared.kv[stage][lane], &a.kv_map, &shared.kv_full[stage][lane / 2], 0,
+                           row, lane, kv_head, page, ptx::kEvictFirst);
+        }
+        ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
+        if (lane >= 2 && lane < kGroups)
+          ptx::mbarrier_arrive_expect_tx(&shared.kv_full[stage][lane], group_bytes);
+        __syncwarp();
+        if (lane >= kHalfTiles && lane < kTiles) {
+          const int group = min(lane / 2, kGroups - 1);
+          ptx::tma_load_5d(shared.kv[stage][lane], &a.kv_map, &shared.kv_full[stage][group], 0, row,
+                           lane, kv_head, page, ptx::kEvictFirst);
+        }
         ring.advance();
       }
     }
@@ -107,13 +121,16 @@ __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeS
     if (item.pages() == 0) continue;
     ptx::mbarrier_wait(&shared.q_empty, parity ^ 1);
     if (thread < kChunks) {
-      const auto* q =
-          static_cast<const uint16_t*>(a.q) + item.request * a.q_batch_stride + thread * 8;
+      int head = row_begin % a.group;
+      const auto* q = static_cast<const uint16_t*>(a.q) + item.request * a.q_batch_stride +
+                      row_begin / a.group * a.q_token_stride +
+                      (kv_head * a.group + head) * a.q_head_stride + thread * 8;
+      const int64_t next_token = a.q_token_stride - (a.group - 1) * a.q_head_stride;
       for (int r = 0; r < rows; ++r) {
-        const int token = (row_begin + r) / a.group,
-                  head = kv_head * a.group + (row_begin + r) % a.group;
-        ptx::copy_async_16(shared.q[tile] + r * 128 + ((chunk ^ (r % 8)) * 16),
-                           q + token * a.q_token_stride + head * a.q_head_stride);
+        ptx::copy_async_16(shared.q[tile] + r * 128 + ((chunk ^ (r % 8)) * 16), q);
+        const bool wraps = ++head == a.group;
+        if (wraps) head = 0;
+        q += wraps ? next_token : a.q_head_stride;
       }
     }
     ptx::copy_async_wait_all();
@@ -123,8 +140,7 @@ __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeS
   }
 }
 
-// --- consumers
-// ------------------------------------------------------------------------------------------------
+// --- consumers ---
 
 // Rows that this thread holds of a 64-row accumulator.
 __device__ __forceinline__ int accumulator_row(int r) {
@@ -194,19 +210,25 @@ __device__ __forceinline__ void store_empty(const DecodeArguments& a, const Item
     a.lse[output_row(a, item.request, kv_head, row_begin + thread)] = kNegativeInfinity;
 }
 
-// S [64, 64] = Q K^T of one page.
+// S [64, 64] = Q K^T of one page, group by group as its tiles arrive.
 template <typename Element>
-__device__ __forceinline__ void start_scores(DecodeShared& shared, int stage, float (&scores)[32]) {
-  uint64_t q = ptx::matrix_descriptor(shared.q, 0), k = ptx::matrix_descriptor(shared.kv[stage], 0);
+__device__ __forceinline__ void start_scores(DecodeShared& shared, const RingPosition& ring,
+                                             float (&scores)[32]) {
+  const uint64_t q = ptx::matrix_descriptor(shared.q, 0);
+  const uint64_t k = ptx::matrix_descriptor(shared.kv[ring.stage], 0);
   ptx::pin_registers(scores);
-  ptx::wgmma_fence();
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int group = 0; group < kGroups; ++group) {
+    ptx::mbarrier_wait(&shared.kv_full[ring.stage][group], ring.parity);
+    ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const uint64_t offset = tile * ptx::kNextTile + step * ptx::kNextColumns16;
-      ptx::mma<typename ptx::Wgmma<Element>::Scores>(q + offset, k + offset, scores,
-                                                     tile + step > 0);
+    for (int tile = group_begin(group); tile < group_begin(group + 1); ++tile) {
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const uint64_t offset = tile * ptx::kNextTile + step * ptx::kNextColumns16;
+        ptx::mma<typename ptx::Wgmma<Element>::Scores>(q + offset, k + offset, scores,
+                                                       tile + step > 0);
+      }
     }
   }
   ptx::wgmma_commit();
@@ -217,18 +239,24 @@ __device__ __forceinline__ void rescale_output(float (&o)[128], const float (&fa
   for (int i = 0; i < 128; ++i) o[i] *= factor[(i >> 1) & 1];
 }
 
-// P (bf16/fp16, A-operand registers) into the page's rope tile.
-__device__ __forceinline__ void store_probabilities(uint8_t* tile, const uint32_t (&p)[4][4]) {
+// Columns 16 k .. 16 k + 15 of P, as A-operand registers, into the page's rope tile.
+__device__ __forceinline__ void store_probabilities(uint8_t* tile, int k, const uint32_t (&p)[4]) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int row = warp * 16 + lane % 16;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int chunk = 2 * k + lane / 16;
-    const uint32_t address = ptx::smem_address(tile + row * 128 + ((chunk ^ (row % 8)) * 16));
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-                 "r"(p[k][0]), "r"(p[k][1]), "r"(p[k][2]), "r"(p[k][3])
-                 : "memory");
+  const int row = warp * 16 + lane % 16, chunk = 2 * k + lane / 16;
+  const uint32_t address = ptx::smem_address(tile + row * 128 + ((chunk ^ (row % 8)) * 16));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
+               : "memory");
+}
+
+// Zeroes the V rows from `valid_rows` on of one half of a page, by the warpgroup that reads it:
+// they may hold anything, NaN included, and 0 x NaN is NaN.
+__device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
+  for (int i = threadIdx.x % 128; i < (kTileTokens - valid_rows) * kHalfTiles * 8; i += 128) {
+    const int row = valid_rows + i / (kHalfTiles * 8), tile = i / 8 % kHalfTiles, chunk = i % 8;
+    *reinterpret_cast<uint4*>(half[tile] + row * 128 + chunk * 16) = uint4{};
   }
+  ptx::fence_async_proxy();
 }
 
 template <typename Element>
@@ -254,15 +282,44 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       limit[r] = a.causal ? length - a.s_q + token + 1 : length;
     }
     OnlineSoftmax softmax;
-    float rescale[2];
 
-    // Softmax of the page in `scores`; P and the factors go to shared memory for the right
-    // warpgroup.
-    const auto publish = [&](int page, int stage, bool final) {
+    ptx::mbarrier_wait(&shared.q_full, q_parity);
+    q_parity ^= 1;
+    start_scores<Element>(shared, ring, scores);
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(scores);
+    for (int page = item.page_begin; page < item.page_end; ++page) {
+      const int stage = ring.stage;
+      const bool final = page + 1 == item.page_end;
+      if (final && lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
+      // A warp's wait speaks for its own part of S: P may overwrite the rope tile when all have
+      // read it.
+      ptx::named_barrier_sync(kLeftGroup, 128);
+
       const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
-      const bool must_rescale = softmax.step<Element>(scores, visible, a.scale_log2, p, rescale);
+      float rescale[2];
+      const bool must_rescale = softmax.advance(scores, visible, a.scale_log2, rescale);
+      if (must_rescale && page > item.page_begin) rescale_output(o, rescale);
+      const int valid_rows = length - page * kTileTokens;
+      if (valid_rows < kTileTokens) {
+        zero_tail(shared.kv[stage], valid_rows);
+        ptx::named_barrier_sync(kLeftGroup, 128);
+      }
+
+      // Each k step of P V starts while the next one's exponentials are computed.
+      const uint64_t v = ptx::matrix_descriptor(shared.kv[stage], ptx::kTileBytes);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        softmax.exponentiate<Element>(scores, k, a.scale_log2, p[k]);
+        ptx::wgmma_fence();
+        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(
+            p[k], v + k * ptx::kNextRows16, o, k > 0 || page > item.page_begin);
+        store_probabilities(shared.kv[stage][kRopeTile], k, p[k]);
+      }
+      ptx::wgmma_commit();
+
+      // P and the factors go to the right side.
       if (final) softmax.finish();
-      store_probabilities(shared.kv[stage][kRopeTile], p);
       if (lane % 4 == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -273,37 +330,16 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
       ptx::fence_async_proxy();
       ptx::named_barrier_arrive(kProbabilitiesReady + stage, 256);
-      return must_rescale;
-    };
 
-    ptx::mbarrier_wait(&shared.q_full, q_parity);
-    q_parity ^= 1;
-    bool must_rescale = false;
-    for (int page = item.page_begin; page < item.page_end; ++page) {
-      const bool final = page + 1 == item.page_end;
-      ptx::mbarrier_wait(&shared.kv_full[ring.stage], ring.parity);
-      start_scores<Element>(shared, ring.stage, scores);
+      ring.advance();
+      // Freed before S of the next page is issued: the refill takes longer than anything else.
+      ptx::wgmma_wait<0>();
+      ptx::pin_registers(o);
+      if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
+      if (final) break;
+      start_scores<Element>(shared, ring, scores);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
-      if (final && lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
-      must_rescale = publish(page, ring.stage, final);
-      if (page > item.page_begin && must_rescale) rescale_output(o, rescale);
-      if (final && length < item.page_end * kTileTokens)
-        ptx::named_barrier_sync(kTailZeroed + ring.stage, 256);
-
-      uint64_t v = ptx::matrix_descriptor(shared.kv[ring.stage], ptx::kTileBytes);
-      ptx::pin_registers(o);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(
-            p[k], v + k * ptx::kNextRows16, o, k > 0 || page > item.page_begin);
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>();
-      ptx::pin_registers(o);
-      if (lane == 0) ptx::mbarrier_arrive(&shared.kv_empty[ring.stage]);
-      ring.advance();
     }
 
     const float inverse_sum[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
@@ -324,14 +360,14 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   }
 }
 
-// V rows past the length may hold anything, NaN included, and 0 x NaN is NaN.
-__device__ __forceinline__ void zero_tail(DecodeShared& shared, int stage, int valid_rows) {
-  const int thread = threadIdx.x % 128;
-  for (int i = thread; i < (kTileTokens - valid_rows) * 64; i += 128) {
-    const int row = valid_rows + i / 64, tile = i % 64 / 8, chunk = i % 8;
-    *reinterpret_cast<uint4*>(shared.kv[stage][tile] + row * 128 + chunk * 16) = uint4{};
+// Not for the left half's groups: the left side may already have had them refilled, and a barrier
+// that is two phases ahead looks like one that never completed.
+__device__ __forceinline__ void wait_for_right_half(DecodeShared& shared,
+                                                    const RingPosition& ring) {
+#pragma unroll
+  for (int group = kHalfTiles / 2; group < kGroups; ++group) {
+    ptx::mbarrier_wait(&shared.kv_full[ring.stage][group], ring.parity);
   }
-  ptx::fence_async_proxy();
 }
 
 template <typename Element>
@@ -349,13 +385,9 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     const int length = __ldg(a.seq_lens + item.request);
     float inverse_sum[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
-      ptx::mbarrier_wait(&shared.kv_full[ring.stage], ring.parity);
+      wait_for_right_half(shared, ring);
       const int valid_rows = length - page * kTileTokens;
-      if (valid_rows < kTileTokens) {
-        zero_tail(shared, ring.stage, valid_rows);
-        ptx::named_barrier_arrive(kTailZeroed + ring.stage, 256);
-        ptx::named_barrier_sync(kRightGroup, 128);
-      }
+      if (valid_rows < kTileTokens) zero_tail(&shared.kv[ring.stage][kHalfTiles], valid_rows);
       ptx::named_barrier_sync(kProbabilitiesReady + ring.stage, 256);
       if (page > item.page_begin && shared.must_rescale[ring.stage][warp]) {
         const float factor[2] = {shared.rescale[ring.stage][accumulator_row(0)],
@@ -378,15 +410,14 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      if (lane == 0) ptx::mbarrier_arrive(&shared.kv_empty[ring.stage]);
+      if (lane == 0) ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
       ring.advance();
     }
     store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, inverse_sum);
   }
 }
 
-// --- kernel
-// ---------------------------------------------------------------------------------------------------
+// --- kernel ---
 
 // grid: (row tiles, H_kv, parts), so that neighbours read the same pages at the same time.
 template <typename Element>
@@ -402,12 +433,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::mbarrier_init(&shared.q_full, 96);
     ptx::mbarrier_init(&shared.q_empty, 4);
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(&shared.kv_full[stage], 1);
-      ptx::mbarrier_init(&shared.kv_empty[stage], 8);
+      for (int group = 0; group < kGroups; ++group) {
+        ptx::mbarrier_init(&shared.kv_full[stage][group], 1);
+      }
+      ptx::mbarrier_init(&shared.left_empty[stage], 4);
+      ptx::mbarrier_init(&shared.right_empty[stage], 4);
     }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+  ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
 
@@ -426,7 +461,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::register_increase<kConsumerRegisters>();
     run_right<Element>(a, shared, row_begin, kv_head, first, last);
   }
-  ptx::let_next_kernel_start();
 }
 
 }  // namespace flashmla

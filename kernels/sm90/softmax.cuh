@@ -46,13 +46,12 @@ struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
   float sum[2] = {0.0f, 0.0f};                                // of this thread's columns only
 
-  // Hides columns from `visible[row]` on, turns scores into probabilities relative to the running
-  // maximum and packs them as the A operand of four k16 steps. Returns whether this warp's rows of
-  // O must be multiplied by `rescale`.
-  template <typename Element>
-  __device__ __forceinline__ bool step(float (&scores)[32], const int (&visible)[2],
-                                       float scale_log2, uint32_t (&probabilities)[4][4],
-                                       float (&rescale)[2]) {
+  float anchor[2];  // what exponents are relative to, in log2 units
+
+  // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
+  // this warp's rows of O must be multiplied by `rescale`.
+  __device__ __forceinline__ bool advance(float (&scores)[32], const int (&visible)[2],
+                                          float scale_log2, float (&rescale)[2]) {
     if (visible[0] < 64 || visible[1] < 64) {
       const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -62,7 +61,9 @@ struct OnlineSoftmax {
     }
     float largest[2] = {scores[0], scores[2]};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) largest[(i >> 1) & 1] = fmaxf(largest[(i >> 1) & 1], scores[i]);
+    for (int i = 0; i < 32; ++i) {
+      largest[(i >> 1) & 1] = fmaxf(largest[(i >> 1) & 1], scores[i]);
+    }
     bool grown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -70,7 +71,6 @@ struct OnlineSoftmax {
       grown |= (largest[r] - maximum[r]) * scale_log2 > kLazyRescale;
     }
     const bool must_rescale = __any_sync(~0u, grown);
-    float anchor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float next = must_rescale ? fmaxf(maximum[r], largest[r]) : maximum[r];
@@ -80,20 +80,21 @@ struct OnlineSoftmax {
       maximum[r] = next;
       sum[r] *= rescale[r];
     }
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const int r = (i >> 1) & 1;
-      scores[i] = exp2f(fmaf(scores[i], scale_log2, -anchor[r]));
-      sum[r] += scores[i];
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        probabilities[k][j] = pack<Element>(scores[8 * k + 2 * j], scores[8 * k + 2 * j + 1]);
-      }
-    }
     return must_rescale;
+  }
+
+  // Probabilities of the tile's columns 16 k .. 16 k + 15, packed as the A operand of one wgmma.
+  template <typename Element>
+  __device__ __forceinline__ void exponentiate(const float (&scores)[32], int k, float scale_log2,
+                                               uint32_t (&probabilities)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int i = 8 * k + 2 * j, r = j & 1;
+      const float low = exp2f(fmaf(scores[i], scale_log2, -anchor[r]));
+      const float high = exp2f(fmaf(scores[i + 1], scale_log2, -anchor[r]));
+      sum[r] += low + high;
+      probabilities[j] = pack<Element>(low, high);
+    }
   }
 
   // Sums of whole rows; after the last step.

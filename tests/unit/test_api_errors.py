@@ -76,7 +76,12 @@ DECODE_ERRORS: dict[str, tuple[Callable[[Problem], dict], str]] = {
     "scale as text": (lambda p: {"softmax_scale": "auto"}, r"softmax_scale is 'auto' of type str; accepted: a Python"),
     "scale as tensor": (lambda p: {"softmax_scale": torch.tensor(0.1)}, r"softmax_scale is .* of type Tensor"),
     "scale missing": (lambda p: {"softmax_scale": None}, r"softmax_scale is None of type NoneType"),
-    "scale NaN": (lambda p: {"softmax_scale": float("nan")}, r"softmax_scale is nan; accepted: a finite number"),
+    "scale NaN": (
+        lambda p: {"softmax_scale": float("nan")},
+        r"softmax_scale is nan; accepted: a finite number greater than 0",
+    ),
+    "scale zero": (lambda p: {"softmax_scale": 0.0}, r"softmax_scale is 0.0; accepted: a finite number greater than 0"),
+    "scale negative": (lambda p: {"softmax_scale": -0.1}, r"softmax_scale is -0.1; accepted: .* greater than 0"),
 }
 
 

@@ -20,6 +20,7 @@ def test_opcheck() -> None:
     problem = make_problem([0, 100, 700], h_q=8)
     plan = plan_of(problem)
     torch.library.opcheck(ops.schedule, (problem.seq_lens, 1, 4))
+    torch.library.opcheck(ops.schedule_into, (problem.seq_lens, 1, 4, *ops.schedule(problem.seq_lens, 1, 4)))
     torch.library.opcheck(
         ops.mla_decode,
         (
@@ -30,6 +31,8 @@ def test_opcheck() -> None:
             plan.items,
             plan.part_offsets,
             plan.split_offsets,
+            plan.partial_out,
+            plan.partial_lse,
             0.1,
             True,
         ),

@@ -26,6 +26,7 @@ typedef struct flashmla_decode_params {
   int causal;           // bottom-right mask: query i sees tokens up to len - s_q + i
   float softmax_scale;  // > 0
 
+  // q, kv, out, partial_out are 16-byte aligned.
   const void* q;
   int64_t q_batch_stride, q_token_stride,
       q_head_stride;  // in elements, multiples of 8; columns contiguous
@@ -49,7 +50,8 @@ typedef struct flashmla_decode_params {
   void* stream;  // cudaStream_t
 } flashmla_decode_params;
 
-// Enqueues the decode and the combine kernel. Errors: INVALID_ARGUMENT, CUDA_ERROR.
+// Enqueues the decode and the combine kernel on the current device.
+// Errors: INVALID_ARGUMENT, UNSUPPORTED_DEVICE, CUDA_ERROR.
 flashmla_status flashmla_decode(const flashmla_decode_params* params);
 
 #ifdef __cplusplus

@@ -20,8 +20,11 @@ constexpr int kTileBytes = 64 * 64 * 2;
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, uint32_t tile_stride) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   constexpr uint64_t kRowGroupStride = 1024 >> 4;
-  return kSwizzle128 | kRowGroupStride << 32 | static_cast<uint64_t>(tile_stride >> 4) << 16 |
-         (smem_address(tile) >> 4);
+  uint64_t descriptor = kSwizzle128 | kRowGroupStride << 32 |
+                        static_cast<uint64_t>(tile_stride >> 4) << 16 | (smem_address(tile) >> 4);
+  // Opaque, or the compiler keeps every step's descriptor in registers of its own.
+  asm volatile("" : "+l"(descriptor));
+  return descriptor;
 }
 
 // Steps of a descriptor's address, in its unit of 16 bytes.

@@ -1,0 +1,125 @@
+"""The commands `flashmla bench kernels` and `flashmla bench show`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flashmla_backend.errors import FlashMLAError, InvalidArgument
+
+app = typer.Typer(help="Measure decode kernels, ours beside others.", no_args_is_help=True)
+out, err = Console(), Console(stderr=True)
+
+GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
+CPU_DEFAULTS = {"heads": "16", "s_q": "1", "batch": "1,4", "lens": "256,1024"}
+KINDS = ("fixed", "var")
+EVERYONE = "ours,naive,torch_absorbed,torch_chunked,flashmla,fa3,fa3auto,flashinfer"
+
+
+@app.command()
+def kernels(
+    heads: Annotated[str, typer.Option(help=f"Query heads. [default: {GPU_DEFAULTS['heads']}]")] = "",
+    sq: Annotated[str, typer.Option(help=f"Query tokens of a request. [default: {GPU_DEFAULTS['s_q']}]")] = "",
+    batch: Annotated[str, typer.Option(help=f"Requests. [default: {GPU_DEFAULTS['batch']}]")] = "",
+    lens: Annotated[str, typer.Option(help=f"Tokens in the cache. [default: {GPU_DEFAULTS['lens']}]")] = "",
+    kinds: Annotated[str, typer.Option(help="Lengths of a batch: fixed, var, or both.")] = ",".join(KINDS),
+    impls: Annotated[str, typer.Option(help="Who is measured, where it can run.")] = EVERYONE,
+    budget: Annotated[float, typer.Option(help="Seconds; shapes that do not fit are left out, and said so.")] = 600,
+    output: Annotated[Path, typer.Option("--out", help="The JSON report; a plot of the same name beside it.")] = Path(
+        "bench-kernels.json"
+    ),
+    commit: Annotated[str | None, typer.Option(help="For the report, where git cannot tell.")] = None,
+) -> None:
+    """Time whole decode calls of one layer, after checking their answers against the oracle.
+
+    On a GPU: CUDA graphs over shuffled pages larger than L2. Without one: a small default grid on the CPU.
+    Exit code 1 if our own answers are wrong.
+    """
+    import torch
+
+    from flashmla_backend.bench import report
+    from flashmla_backend.bench.contenders import OURS
+    from flashmla_backend.bench.problems import grid
+    from flashmla_backend.bench.run import run
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
+    try:
+        shapes = grid(
+            numbers("heads", heads or defaults["heads"]),
+            numbers("sq", sq or defaults["s_q"]),
+            numbers("batch", batch or defaults["batch"]),
+            numbers("lens", lens or defaults["lens"]),
+            choices("kinds", kinds, KINDS),
+        )
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("starting", total=None)
+            results = run(
+                shapes,
+                impls.split(","),
+                device,
+                budget,
+                lambda done, of, what: progress.update(task, completed=done, total=of, description=what),
+            )
+    except FlashMLAError as error:
+        err.print(f"[bold red]{error}", highlight=False)
+        raise typer.Exit(2) from None
+    made = report.make(results, shlex.join(["flashmla", *sys.argv[1:]]), commit)
+    report.write(made, output)
+    present(made, output)
+    if OURS in results.wrong():
+        err.print("[bold red]our own answers are wrong: see the report's check")
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exists=True, dir_okay=False)]) -> None:
+    """Print reports and plot them again."""
+    from flashmla_backend.bench.report import summarise
+
+    for path in reports:
+        made = json.loads(path.read_text())
+        if not isinstance(made, dict) or "rows" not in made:
+            err.print(f"[bold red]{path} is no report of `flashmla bench kernels`", highlight=False)
+            raise typer.Exit(2)
+        present({**made, "summary": summarise(made["rows"])}, path)
+
+
+def present(made: dict[str, Any], path: Path) -> None:
+    from flashmla_backend.bench.plot import plot
+    from flashmla_backend.bench.report import summary_line, table
+    from flashmla_backend.errors import Unsupported
+
+    out.print(table(made))
+    for note in made["notes"]:
+        out.print(f"- {note}", highlight=False, markup=False)
+    out.print(f"{summary_line(made)}; report: {path}", highlight=False)
+    if not made["rows"]:
+        return
+    try:
+        plot(made, path.with_suffix(".png"))
+        out.print(f"plot: {path.with_suffix('.png')}", highlight=False)
+    except Unsupported as error:
+        out.print(f"- {error}", highlight=False, markup=False)
+
+
+def numbers(name: str, text: str) -> list[int]:
+    values = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(values) < 1:
+        raise InvalidArgument(f"{name} is {text!r}; accepted: whole numbers from 1, separated by commas")
+    return values
+
+
+def choices(name: str, text: str, accepted: tuple[str, ...]) -> list[str]:
+    values = text.split(",")
+    if not set(values) <= set(accepted):
+        raise InvalidArgument(f"{name} is {text!r}; accepted: {', '.join(accepted)}, separated by commas")
+    return values

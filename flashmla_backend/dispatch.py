@@ -1,0 +1,79 @@
+"""Which implementation serves a device: torch on the CPU, our kernels on Hopper, FlashInfer's on other NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+
+from flashmla_backend import native, sm90
+from flashmla_backend.errors import InvalidArgument, Unsupported
+
+Path = Literal["cpu", "sm90", "flashinfer"]
+
+DTYPES: dict[Path, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+    "sm90": tuple(sm90.DTYPES),
+    "flashinfer": (torch.bfloat16, torch.float16),
+}
+
+_chosen: dict[torch.device, Path] = {}  # a device does not change; its absence of an implementation may
+
+
+def path_of(device: torch.device) -> Path:
+    """The implementation for tensors on `device`.
+
+    Raises:
+        Unsupported: there is none, and what would help.
+    """
+    path = _chosen.get(device)
+    if path is None:
+        path = _chosen[device] = _choose(device)
+    return path
+
+
+def _choose(device: torch.device) -> Path:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise Unsupported(
+            f"there are no decode kernels for {device}: keep the tensors on the CPU or on an NVIDIA GPU, or leave the "
+            "engine's built-in backend in place"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    missing = why_no_kernels(capability)
+    if missing is None:
+        return "sm90"
+    if importlib.util.find_spec("flashinfer") is not None:
+        return "flashinfer"
+    raise Unsupported(
+        f"{device} ({torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}) has no "
+        f"decode kernels: {missing}, and FlashInfer, whose kernels serve other GPUs, is not installed; run `pip "
+        "install flashinfer-python`, or leave the engine's built-in backend in place"
+    )
+
+
+def why_no_kernels(capability: tuple[int, int]) -> str | None:
+    """Why our kernels do not run on a GPU of this compute capability; None if they do."""
+    if capability != (9, 0):
+        return "ours run on 9.0 (Hopper) only"
+    if reason := native.unavailable_reason():
+        return reason
+    if not native.build_info().has_decode_kernels:
+        return "this build was made without them"
+    return None
+
+
+def check_page_size(page_size: int, device: torch.device) -> None:
+    """Our kernels read pages of whole 64-token tiles."""
+    if path_of(device) == "sm90" and page_size not in sm90.PAGE_SIZES:
+        accepted = ", ".join(map(str, sm90.PAGE_SIZES))
+        raise InvalidArgument(f"page_size is {page_size}; accepted by the Hopper kernels: {accepted} tokens")
+
+
+def default_num_sms(device: torch.device) -> int:
+    """Thread blocks that run at once: the GPU's SMs, on the CPU torch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()

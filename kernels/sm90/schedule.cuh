@@ -1,0 +1,363 @@
+// The tile scheduler of flashmla_backend/schedule.py as the work of thread blocks: each block
+// proposes the schedule of one candidate cap, the cheapest proposal is published.
+//
+// Nothing here but integer arithmetic, __syncthreads and warp intrinsics, so that a host program
+// can emulate a block (tests/emulation).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flashmla/schedule.h"
+
+namespace flashmla::schedule {
+
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCandidates = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;  // "no cut", then m pieces per part
+constexpr int kMaxParts = FLASHMLA_SCHEDULE_MAX_PARTS;
+constexpr int kPageTokens = 64;
+constexpr int kMinSplitPages = 2;
+constexpr int kDigits = 256;  // of the radix sort
+constexpr int64_t kNoProposal = INT64_MAX;
+constexpr unsigned kAllLanes = 0xffffffffu;
+static_assert(kWarps == 32, "block-wide reductions give each lane one warp's value");
+
+struct Arguments {
+  const int32_t* seq_lens;
+  int batch, parts, max_items;
+  flashmla_cost_model cost;
+  int4* items;
+  int32_t* part_offsets;
+  int32_t* split_offsets;
+};
+
+// The part of shared memory whose size is fixed; Workspace adds the rest.
+struct FixedShared {
+  int64_t totals[kCandidates];  // predicted cost by block rank
+  int64_t wide_values[kWarps];
+  int64_t load_keys[2][kMaxParts];  // load << 9 | part
+  int values[2][kWarps];
+  int digit_offsets[kDigits][kWarps + 1];  // odd stride: digits fall into different banks
+  int part_items[kMaxParts];
+  int part_first[kMaxParts + 1];
+};
+static_assert(kMaxParts <= 1 << 9, "load_keys");
+
+struct Workspace {
+  FixedShared* fixed;
+  int* pages;            // [batch]
+  int* first_piece;      // [batch + 1] pieces are numbered request by request
+  int* split_first;      // [batch + 1]
+  int* piece_pages;      // [max_items]
+  uint16_t* order[2];    // [max_items] pieces, costliest first
+  uint16_t* piece_part;  // [max_items] by position in that order
+
+  __device__ Workspace(uint8_t* raw, int batch, int max_items)
+      : fixed(reinterpret_cast<FixedShared*>(raw)),
+        pages(reinterpret_cast<int*>(fixed + 1)),
+        first_piece(pages + batch),
+        split_first(first_piece + batch + 1),
+        piece_pages(split_first + batch + 1),
+        order{reinterpret_cast<uint16_t*>(piece_pages + max_items), order[0] + max_items},
+        piece_part(order[1] + max_items) {}
+
+  static constexpr size_t bytes(int batch, int max_items) {
+    return sizeof(FixedShared) + sizeof(int) * (3 * static_cast<size_t>(batch) + 2 + max_items) +
+           sizeof(uint16_t) * 3 * static_cast<size_t>(max_items);
+  }
+};
+
+struct Range {
+  int begin, end;
+};
+
+// Piece `number` of `count` near-equal ones: pages * number / count, without a product that
+// overflows.
+__device__ __forceinline__ Range piece_range(int pages, int number, int count) {
+  const int quotient = pages / count, remainder = pages % count;
+  return {quotient * number + remainder * number / count,
+          quotient * (number + 1) + remainder * (number + 1) / count};
+}
+
+__device__ __forceinline__ int piece_count(int pages, int cap) {
+  return pages < 2 * kMinSplitPages ? 1 : (pages + cap - 1) / cap;
+}
+
+// One per thread; every method is called by the whole block.
+class Scheduler {
+ public:
+  __device__ Scheduler(const Arguments& a, const Workspace& w)
+      : a_(a), w_(w), thread_(threadIdx.x), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
+
+  // Works out the schedule of candidate `rank`: 0 does not cut, m allows m pieces per part. Returns
+  // its predicted cost, kNoProposal if m pieces per part are too few. Caps fall with the rank, so
+  // the lowest rank of equal cost is the specification's choice.
+  __device__ int64_t propose(int rank) {
+    const int limit = rank * a_.parts;
+    if (rank > 0 && a_.batch > limit) return kNoProposal;
+    const int longest = read_pages();
+    const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
+    cut(cap);
+    sort(cap > kMinSplitPages ? cap : 2 * kMinSplitPages - 1);
+    const int64_t busiest = deal();
+    const int splits = piece_count(longest, cap);
+    return splits == 1 ? busiest
+                       : busiest + a_.cost.reduction +
+                             static_cast<int64_t>(splits) * a_.cost.reduction_per_split;
+  }
+
+  // Writes the proposed schedule out.
+  __device__ void publish() {
+    fill_offsets(w_.fixed->part_first, a_.parts,
+                 [&](int part) { return w_.fixed->part_items[part]; });
+    fill_offsets(w_.split_first, a_.batch, [&](int request) {
+      const int count = w_.first_piece[request + 1] - w_.first_piece[request];
+      return count > 1 ? count : 0;
+    });
+    for (int i = thread_; i <= a_.parts; i += kThreads)
+      a_.part_offsets[i] = w_.fixed->part_first[i];
+    for (int i = thread_; i <= a_.batch; i += kThreads) a_.split_offsets[i] = w_.split_first[i];
+    for (int i = thread_; i < pieces_; i += kThreads) {
+      const int piece = order_[i], request = request_of(piece);
+      const int first = w_.first_piece[request], count = w_.first_piece[request + 1] - first;
+      const Range range = piece_range(w_.pages[request], piece - first, count);
+      const int split = count > 1 ? w_.split_first[request] + piece - first : -1;
+      a_.items[w_.fixed->part_first[w_.piece_part[i]] + i / a_.parts] =
+          make_int4(request, range.begin, range.end, split);
+    }
+    for (int i = pieces_ + thread_; i < a_.max_items; i += kThreads)
+      a_.items[i] = make_int4(-1, -1, -1, -1);
+  }
+
+ private:
+  // Pages of every request; returns the most, at least kMinSplitPages.
+  __device__ int read_pages() {
+    int longest = kMinSplitPages;
+    for (int i = thread_; i < a_.batch; i += kThreads) {
+      const int tokens = a_.seq_lens[i];
+      const int pages = tokens > 0 ? (tokens - 1) / kPageTokens + 1 : 0;
+      w_.pages[i] = pages;
+      longest = pages > longest ? pages : longest;
+    }
+    longest = __reduce_max_sync(kAllLanes, longest);
+    int* values = exchange(longest, lane_ == 0);
+    return __reduce_max_sync(kAllLanes, values[lane_]);
+  }
+
+  __device__ int smallest_cap(int limit, int longest) {
+    int low = kMinSplitPages, high = longest;
+    while (low < high) {  // the number of pieces falls as the cap grows
+      const int middle = (low + high) / 2;
+      int pieces = 0;
+      for (int i = thread_; i < a_.batch; i += kThreads) {
+        const int count = piece_count(w_.pages[i], middle);
+        pieces += count <= limit ? count : limit + 1;  // enough to be too many, never an overflow
+      }
+      pieces = __reduce_add_sync(kAllLanes, pieces);
+      int* values = exchange(pieces, lane_ == 0);
+      if (__reduce_add_sync(kAllLanes, values[lane_]) <= limit) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    return low;
+  }
+
+  __device__ void cut(int cap) {
+    pieces_ = fill_offsets(w_.first_piece, a_.batch,
+                           [&](int request) { return piece_count(w_.pages[request], cap); });
+    for (int piece = thread_; piece < pieces_; piece += kThreads) {
+      const int request = request_of(piece);
+      const int first = w_.first_piece[request], count = w_.first_piece[request + 1] - first;
+      const Range range = piece_range(w_.pages[request], piece - first, count);
+      w_.piece_pages[piece] = range.end - range.begin;
+      w_.order[0][piece] = static_cast<uint16_t>(piece);
+    }
+    __syncthreads();
+  }
+
+  // Stable radix sort, most pages first: pieces of equal cost stay in order of request and number.
+  __device__ void sort(int most_pages) {
+    const uint16_t* from = w_.order[0];
+    uint16_t* to = w_.order[1];
+    for (int shift = 0; shift < 32 && most_pages >> shift > 0; shift += 8) {
+      sort_by_digit(from, to, most_pages, shift);
+      uint16_t* const sorted = to;
+      to = const_cast<uint16_t*>(from);
+      from = sorted;
+    }
+    order_ = from;
+  }
+
+  __device__ void sort_by_digit(const uint16_t* from, uint16_t* to, int most_pages, int shift) {
+    auto& offsets = w_.fixed->digit_offsets;
+    for (int i = thread_; i < kDigits * kWarps; i += kThreads) offsets[i / kWarps][i % kWarps] = 0;
+    __syncthreads();
+    // Each warp owns a run of pieces, 32 at a time.
+    const int run = (pieces_ + kThreads - 1) / kThreads * 32;
+    const int begin = warp_ * run;
+    const auto for_each_group = [&](auto&& visit) {
+      for (int i = begin + lane_; i < begin + run; i += 32) {
+        const bool valid = i < pieces_;
+        const int digit =
+            valid ? (most_pages - w_.piece_pages[from[i]]) >> shift & (kDigits - 1) : kDigits;
+        const unsigned peers = __match_any_sync(kAllLanes, digit);
+        if (valid) visit(from[i], &offsets[digit][warp_], __popc(peers & ((1u << lane_) - 1)));
+        __syncwarp();
+        if (valid && lane_ == __ffs(peers) - 1) offsets[digit][warp_] += __popc(peers);
+        __syncwarp();
+      }
+    };
+    for_each_group([](int, const int*, int) {});  // count
+    __syncthreads();
+
+    // Exclusive scan, digit by digit and warp by warp within.
+    constexpr int kOwn = kDigits * kWarps / kThreads;
+    int counts[kOwn], sum = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int i = thread_ * kOwn + j;
+      counts[j] = offsets[i / kWarps][i % kWarps];
+      sum += counts[j];
+    }
+    int total;
+    int offset = exclusive_scan(sum, &total);
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      const int i = thread_ * kOwn + j;
+      offsets[i / kWarps][i % kWarps] = offset;
+      offset += counts[j];
+    }
+    __syncthreads();
+    for_each_group([&](int piece, const int* first, int rank) {
+      to[*first + rank] = static_cast<uint16_t>(piece);
+    });
+    __syncthreads();
+  }
+
+  // Deals the sorted pieces in rounds, the costliest of a round to the least loaded part. Returns
+  // the load of the busiest part.
+  __device__ int64_t deal() {
+    int lanes = 32;  // that share the ranking of one part
+    while (lanes * a_.parts > kThreads) lanes /= 2;
+    const int part = thread_ / lanes, slice = thread_ % lanes;
+    const bool leads = part < a_.parts && slice == 0;
+    int64_t load = 0;
+    int rank = part;  // by (load, part)
+    int items = 0, buffer = 0;
+    if (leads) w_.fixed->load_keys[0][part] = part;
+    for (int start = 0; start < pieces_; start += a_.parts, buffer ^= 1) {
+      __syncthreads();
+      // A round of equal pieces leaves the ranks as they are.
+      if (start > 0 && pages_at(start - a_.parts) != pages_at(start - 1)) {
+        const int64_t* keys = w_.fixed->load_keys[buffer];
+        const int64_t own = part < a_.parts ? keys[part] : 0;
+        rank = 0;
+        for (int i = slice; i < a_.parts; i += lanes) rank += keys[i] < own;
+        for (int step = 1; step < lanes; step *= 2) rank += __shfl_xor_sync(kAllLanes, rank, step);
+      }
+      if (!leads) continue;
+      if (rank < a_.parts && start + rank < pieces_) {
+        const int pages = pages_at(start + rank);
+        w_.piece_part[start + rank] = static_cast<uint16_t>(part);
+        load += pages == 0 ? a_.cost.empty_item
+                           : a_.cost.item + static_cast<int64_t>(pages) * a_.cost.page;
+        ++items;
+      }
+      w_.fixed->load_keys[buffer ^ 1][part] = load << 9 | part;
+    }
+    if (leads) w_.fixed->part_items[part] = items;
+    return block_max(load);
+  }
+
+  __device__ __forceinline__ int pages_at(int position) const {
+    return w_.piece_pages[order_[position]];
+  }
+
+  __device__ __forceinline__ int request_of(int piece) const {
+    int low = 0, high = a_.batch;  // first_piece[low] <= piece < first_piece[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (w_.first_piece[middle] <= piece) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // offsets[i] = sum of count(0) .. count(i - 1), for i = 0 .. n; returns the last.
+  template <typename Count>
+  __device__ int fill_offsets(int* offsets, int n, const Count& count) {
+    const int own = (n + kThreads - 1) / kThreads;
+    const int first = thread_ * own < n ? thread_ * own : n;
+    const int last = first + own < n ? first + own : n;
+    int sum = 0, total;
+    for (int i = first; i < last; ++i) sum += count(i);
+    int offset = exclusive_scan(sum, &total);
+    for (int i = first; i < last; ++i) {
+      offsets[i] = offset;
+      offset += count(i);
+    }
+    if (thread_ == 0) offsets[n] = total;
+    __syncthreads();
+    return total;
+  }
+
+  __device__ int exclusive_scan(int value, int* total) {
+    int inclusive = value;
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, inclusive, step);
+      if (lane_ >= step) inclusive += other;
+    }
+    const int of_warp = exchange(inclusive, lane_ == 31)[lane_];
+    *total = __reduce_add_sync(kAllLanes, of_warp);
+    return __reduce_add_sync(kAllLanes, lane_ < warp_ ? of_warp : 0) + inclusive - value;
+  }
+
+  // One value of every warp, from its lane that `contributes`. Buffers alternate, so that one
+  // barrier keeps a fast warp from overwriting what a slow one still reads.
+  __device__ int* exchange(int value, bool contributes) {
+    int* values = w_.fixed->values[turn_];
+    turn_ ^= 1;
+    if (contributes) values[warp_] = value;
+    __syncthreads();
+    return values;
+  }
+
+  __device__ int64_t block_max(int64_t value) {
+    value = warp_max(value);
+    if (lane_ == 0) w_.fixed->wide_values[warp_] = value;
+    __syncthreads();
+    return warp_max(w_.fixed->wide_values[lane_]);
+  }
+
+  __device__ static int64_t warp_max(int64_t value) {
+    for (int step = 1; step < 32; step *= 2) {
+      const int64_t other = __shfl_xor_sync(kAllLanes, value, step);
+      value = other > value ? other : value;
+    }
+    return value;
+  }
+
+  const Arguments& a_;
+  const Workspace& w_;
+  const int thread_, lane_, warp_;
+  int pieces_ = 0;
+  const uint16_t* order_ = nullptr;
+  int turn_ = 0;
+};
+
+// The rank whose proposal wins.
+__device__ __forceinline__ int cheapest(const int64_t (&totals)[kCandidates]) {
+  int best = 0;
+  for (int rank = 1; rank < kCandidates; ++rank) {
+    if (totals[rank] < totals[best]) best = rank;
+  }
+  return best;
+}
+
+}  // namespace flashmla::schedule

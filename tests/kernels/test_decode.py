@@ -1,0 +1,129 @@
+"""The decode and combine kernels against an fp64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashmla_backend
+from flashmla_backend import InvalidArgument
+from flashmla_backend.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from tests.kernels.problems import (
+    DTYPES,
+    HEADS,
+    SCALE,
+    Case,
+    Problem,
+    decode,
+    fault,
+    fault_of,
+    grid,
+    make_problem,
+    oracle,
+    plan_of,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("s_q", [1, 2, 4])
+@pytest.mark.parametrize("h_q, h_kv", HEADS)
+def test_grid(h_q: int, h_kv: int, s_q: int, dtype: torch.dtype) -> None:
+    faults = {case: found for case in grid(h_q, h_kv, s_q, dtype) if (found := fault_of(case))}
+    assert not faults
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("h_q", [16, 128])
+def test_half_the_lengths_are_zero(h_q: int, dtype: torch.dtype) -> None:
+    lengths = [0 if i % 2 else (37 * i) % 1500 for i in range(128)]
+    problem = make_problem(lengths, s_q=2, h_q=h_q, dtype=dtype)
+    assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
+
+
+@pytest.mark.parametrize("page_size", [64, 128, 256])
+def test_page_sizes(page_size: int) -> None:
+    for case in (
+        Case(6, 1, 700, 16, 1, True, True, torch.bfloat16, page_size),
+        Case(3, 2, 5000, 128, 2, True, True, torch.float16, page_size),
+    ):
+        assert fault_of(case) is None
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 63, 64, 65, 127, 128, 129, 513, 100_000])
+def test_edge_lengths(length: int) -> None:
+    """Lengths below s_q included: such rows see nothing."""
+    problem = make_problem([length, 1, 0], s_q=5, h_q=7)
+    assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
+
+
+def test_batch_of_4096() -> None:
+    problem = make_problem([(7 * i) % 90 for i in range(4096)], h_q=16)
+    assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
+
+
+def test_one_sequence_of_a_million_tokens() -> None:
+    problem = make_problem([1 << 20], h_q=16)
+    assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
+
+
+@pytest.mark.parametrize("distance", [2**31, 2**32])
+def test_pages_far_apart(distance: int) -> None:
+    """The last page begins past `distance` elements: page id times stride does not fit 32 bits."""
+    problem = make_problem([300, 64], h_q=16)
+    pages, page_size = problem.kv_cache.shape[:2]
+    stride = -(-distance // (pages - 1) // 64) * 64
+    if torch.cuda.mem_get_info()[0] < stride * pages * 2 + (4 << 30):
+        pytest.skip("not enough GPU memory")
+    room = torch.empty(stride * (pages - 1) + page_size * 576, dtype=torch.bfloat16, device="cuda")
+    far = room.as_strided(problem.kv_cache.shape, (stride, 576, 576, 1))
+    far.copy_(problem.kv_cache)
+    moved = Problem(problem.q, far, problem.block_table, problem.seq_lens, problem.tokens)
+    assert fault(*decode(moved, causal=True), *oracle(problem, causal=True)) is None
+
+
+def test_inputs_may_be_views() -> None:
+    problem = make_problem([100, 65], h_q=8)
+    wide = torch.full((problem.kv_cache.shape[0], 2, 64, 1, 640), float("nan"), dtype=torch.bfloat16, device="cuda")
+    wide[:, 1, :, :, :576] = problem.kv_cache
+    padded = torch.full((2, 1, 11, 704), float("nan"), dtype=torch.bfloat16, device="cuda")
+    padded[:, :, :8, :576] = problem.q
+    views = Problem(
+        padded[:, :, :8, :576], wide[:, 1, :, :, :576], problem.block_table, problem.seq_lens, problem.tokens
+    )
+    for ours, expected in zip(decode(views, causal=True), decode(problem, causal=True), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("style", ["pair", "object"])
+def test_drop_in(style: str) -> None:
+    problem = make_problem([0, 1, 64, 65, 300, 9000], s_q=2, h_q=16)
+    arguments = (problem.seq_lens, 2 * 16, 1) if style == "pair" else ()
+    metadata, num_splits = get_mla_metadata(*arguments)
+    expected_out, expected_lse = oracle(problem, causal=True)
+    for _ in range(2):
+        out, lse = flash_mla_with_kvcache(
+            problem.q, problem.kv_cache, problem.block_table, problem.seq_lens, 512, metadata, num_splits, SCALE, True
+        )
+        assert (lse[0] == float("inf")).all()
+        lse = lse.where(lse != float("inf"), float("-inf")).transpose(1, 2)
+        assert fault(out, lse, expected_out, expected_lse) is None
+
+
+def test_unsuitable_input_is_refused_by_name() -> None:
+    problem = make_problem([100, 65], h_q=8)
+    plan = plan_of(problem, causal=True)
+
+    def run(q: torch.Tensor, kv_cache: torch.Tensor) -> None:
+        flashmla_backend.mla_decode(q, kv_cache, plan, softmax_scale=SCALE)
+
+    padded = torch.zeros(2, 1, 8, 577, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(InvalidArgument, match=r"q_batch_stride is 4616 elements|q_head_stride is 577 elements"):
+        run(padded[..., :576], problem.kv_cache)
+    shifted = torch.zeros(2 * 8 * 576 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(2, 1, 8, 576)
+    with pytest.raises(InvalidArgument, match=r"q is at 0x[0-9a-f]+; accepted: .* aligned to 16 bytes"):
+        run(shifted, problem.kv_cache)
+    with pytest.raises(InvalidArgument, match=r"q is .* float32; accepted: bfloat16, float16"):
+        run(problem.q.float(), problem.kv_cache.float())
+    small = make_problem([100], page_size=32)
+    with pytest.raises(InvalidArgument, match="page_size is 32; accepted by the Hopper kernels: 64, 128, 256"):
+        plan_of(small, causal=True)

@@ -1,0 +1,67 @@
+"""CUDA graphs: a captured step replayed with other lengths does what eager does; torch.compile sees opaque calls."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import flashmla_backend
+from tests.kernels.problems import SCALE, Problem, fault, make_problem, oracle, plan_of
+
+
+@pytest.mark.parametrize("h_q, s_q", [(16, 1), (128, 2)])
+def test_replay_with_other_lengths(h_q: int, s_q: int) -> None:
+    """Schedule and two layers in one graph; 100 replays, each with new lengths and a new table."""
+    source = random.Random(0)
+    longest = [5000] * 24
+    template = make_problem(longest, s_q=s_q, h_q=h_q)
+    persistent = Problem(
+        template.q.clone(),
+        torch.full_like(template.kv_cache, float("nan")),
+        template.block_table.clone(),
+        template.seq_lens.clone(),
+        template.tokens,
+    )
+    plan = plan_of(persistent, causal=True)
+
+    def step() -> list[torch.Tensor]:
+        step_plan = plan_of(persistent, causal=True, reuse=plan)
+        results: list[torch.Tensor] = []
+        for _ in range(2):
+            results += flashmla_backend.mla_decode(persistent.q, persistent.kv_cache, step_plan, softmax_scale=SCALE)
+        return results
+
+    step()  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for replay in range(100):
+        lengths = [source.choice([0, source.randint(1, 5000), source.randint(1, 200)]) for _ in longest]
+        problem = make_problem(lengths, s_q=s_q, h_q=h_q, seed=replay)
+        persistent.q.copy_(problem.q)
+        persistent.kv_cache[: len(problem.kv_cache)] = problem.kv_cache
+        persistent.block_table.fill_(0)[:, : problem.block_table.shape[1]] = problem.block_table
+        persistent.seq_lens.copy_(problem.seq_lens)
+        graph.replay()
+        eager = flashmla_backend.mla_decode(
+            problem.q, problem.kv_cache, plan_of(problem, causal=True), softmax_scale=SCALE
+        )
+        for layer in (captured[:2], captured[2:]):
+            assert torch.equal(layer[0], eager[0]) and torch.equal(layer[1], eager[1]), lengths
+        if replay % 20 == 0:
+            assert fault(*captured[:2], *oracle(problem, causal=True)) is None
+
+
+def test_layer_compiles_to_one_graph() -> None:
+    problem = make_problem([65, 3000], h_q=8)
+    plan = plan_of(problem, causal=True)
+
+    def layer(q: torch.Tensor) -> torch.Tensor:
+        out, lse = flashmla_backend.mla_decode(q * 2, problem.kv_cache, plan, softmax_scale=SCALE)
+        return out + lse[..., None].to(out.dtype)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(problem.q), layer(problem.q))

@@ -1,0 +1,163 @@
+"""Which implementation serves which device; the GPUs are made up."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import flashmla_backend
+import flashmla_backend.flash_mla
+from flashmla_backend import InvalidArgument, Unsupported, dispatch, flashinfer_path, native, reference
+from flashmla_backend.schedule import MAX_ROUNDS, max_splits
+from tests.conftest import check_close, make_problem
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that cuda:0 has a compute capability, our kernels load or not, FlashInfer is there or not."""
+
+    def pretend(capability: tuple[int, int], *, kernels: bool = True, flashinfer: bool = False) -> None:
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-up GPU")
+        monkeypatch.setattr(native, "unavailable_reason", lambda: None if kernels else "the module is not built")
+        info = native.BuildInfo("0.1.0", "13.0", "sm_90a", "4.2.0", "nvcc", has_decode_kernels=True)
+        monkeypatch.setattr(native, "build_info", lambda: info)
+        find = importlib.util.find_spec
+        found = importlib.machinery.ModuleSpec("flashinfer", None) if flashinfer else None
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "flashinfer" else find(name))
+
+    return pretend
+
+
+def test_cpu() -> None:
+    assert dispatch.path_of(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("flashinfer", [True, False])
+def test_hopper_gets_our_kernels(gpu: Callable[..., None], flashinfer: bool) -> None:
+    gpu((9, 0), flashinfer=flashinfer)
+    assert dispatch.path_of(GPU) == "sm90"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0)])
+def test_other_gpus_get_flashinfer(gpu: Callable[..., None], capability: tuple[int, int]) -> None:
+    gpu(capability, flashinfer=True)
+    assert dispatch.path_of(GPU) == "flashinfer"
+
+
+def test_hopper_without_our_kernels_gets_flashinfer(gpu: Callable[..., None]) -> None:
+    gpu((9, 0), kernels=False, flashinfer=True)
+    assert dispatch.path_of(GPU) == "flashinfer"
+
+
+@pytest.mark.parametrize(
+    "capability, kernels, reason",
+    [((8, 0), True, r"ours run on 9.0 \(Hopper\) only"), ((9, 0), False, "the module is not built")],
+)
+def test_nothing_for_a_gpu_is_told_with_the_way_out(
+    gpu: Callable[..., None], capability: tuple[int, int], kernels: bool, reason: str
+) -> None:
+    gpu(capability, kernels=kernels)
+    with pytest.raises(Unsupported) as error:
+        dispatch.path_of(GPU)
+    dotted = ".".join(map(str, capability))
+    for part in (r"cuda:0 \(Made-up GPU, compute capability " + dotted, reason, "pip install flashinfer-python"):
+        error.match(part)
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_small_pages_are_refused_on_hopper(gpu: Callable[..., None], page_size: int) -> None:
+    gpu((9, 0))
+    with pytest.raises(InvalidArgument, match=f"page_size is {page_size}; accepted by the Hopper kernels: 64, 128, 25"):
+        dispatch.check_page_size(page_size, GPU)
+    gpu((8, 0), flashinfer=True)
+    dispatch.check_page_size(page_size, GPU)
+
+
+def test_max_splits_bounds_every_schedule() -> None:
+    assert max_splits(132) == MAX_ROUNDS * 132
+
+
+class Wrapper:
+    """Stands in for FlashInfer's: decodes by the oracle what it was told in `plan`, log-sum-exp in base 2."""
+
+    made: ClassVar[list[Wrapper]] = []
+
+    def __init__(self, workspace: torch.Tensor) -> None:
+        self.made.append(self)
+
+    def plan(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def run(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, ckv: torch.Tensor, rope: torch.Tensor, *, return_lse: bool
+    ):
+        query_offsets, page_offsets, pages, seq_lens, heads, d_v, d_rope, page_size, causal, scale, *dtypes = (
+            self.arguments
+        )
+        assert (heads, d_v, d_rope, dtypes) == (q_nope.shape[1], 512, 64, [q_nope.dtype] * 2)
+        assert not query_offsets.is_cuda and page_size == ckv.shape[1] and return_lse
+        batch = len(seq_lens)
+        table = torch.zeros(batch, int(page_offsets.diff().max()), dtype=torch.int32)
+        for r in range(batch):
+            own = pages[page_offsets[r] : page_offsets[r + 1]]
+            table[r, : len(own)] = own
+        q = torch.cat([q_nope, q_rope], -1).unflatten(0, (batch, -1))
+        cache = torch.cat([ckv, rope], -1)[:, :, None]
+        out, lse = reference.mla_decode(q, cache, table, seq_lens, softmax_scale=scale, causal=causal)
+        # Rows that see nothing are not FlashInfer's to define.
+        out[lse == float("-inf")] = float("nan")
+        return out.to(q.dtype).flatten(0, 1), (lse / 0.6931471805599453).float().flatten(0, 1)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlashInfer serves the CPU."""
+    module = ModuleType("flashinfer.mla")
+    module.BatchMLAPagedAttentionWrapper = Wrapper  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", module)
+    monkeypatch.setattr(dispatch, "_chosen", {torch.device("cpu"): "flashinfer"})
+    monkeypatch.setattr(flashinfer_path, "_workspaces", {torch.device("cpu"): torch.empty(0)})
+    monkeypatch.setattr(Wrapper, "made", [])
+    yield
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_flashinfer_is_given_the_step_and_gives_our_results(stand_in: None, causal: bool, page_size: int) -> None:
+    problem = make_problem([100, 0, 1, 64, 700], s_q=2, h_q=8, page_size=page_size)
+    plan = flashmla_backend.plan_decode(
+        problem.seq_lens, problem.block_table, s_q=2, h_q=8, page_size=page_size, causal=causal
+    )
+    for _ in range(2):
+        out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=0.05)
+    assert len(Wrapper.made) == 1, "the layers of a step share one plan"
+    expected = reference.mla_decode(
+        problem.q, problem.kv_cache, problem.block_table, problem.seq_lens, softmax_scale=0.05, causal=causal
+    )
+    check_close(out, lse, *expected)
+    assert "planned by FlashInfer" in str(plan)
+
+
+def test_what_flashinfer_cannot_do_is_refused_by_name(stand_in: None) -> None:
+    problem = make_problem([100], h_q=6, h_kv=2)
+    with pytest.raises(Unsupported, match="h_kv is 2; accepted by FlashInfer"):
+        flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=1, h_q=6, h_kv=2)
+    plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=1, h_q=6)
+    with pytest.raises(Unsupported, match="reuse was given: FlashInfer serves cpu"):
+        flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=1, h_q=6, reuse=plan)
+    with pytest.raises(InvalidArgument, match="float32; accepted: bfloat16, float16"):
+        flashmla_backend.mla_decode(problem.q.float(), problem.kv_cache[:, :, :1].float(), plan, softmax_scale=0.1)
+    with pytest.raises(Unsupported, match=r"call get_mla_metadata\(\) without arguments"):
+        flashmla_backend.flash_mla.get_mla_metadata(problem.seq_lens, 6, 1)

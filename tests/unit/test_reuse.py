@@ -1,0 +1,45 @@
+"""plan_decode(reuse=...): the next step's schedule in the buffers of an earlier plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flashmla_backend
+from flashmla_backend import InvalidArgument, reference
+from tests.conftest import check_close, make_problem
+
+SHAPE = {"s_q": 1, "h_q": 8, "num_sms": 5}
+
+
+def test_the_buffers_stay_and_hold_the_new_schedule() -> None:
+    first, second = make_problem([1000, 3, 0], h_q=8), make_problem([5, 64, 4000], h_q=8)
+    plan = flashmla_backend.plan_decode(first.seq_lens, first.block_table, **SHAPE)
+    addresses = [t.data_ptr() for t in (plan.items, plan.part_offsets, plan.split_offsets)]
+    reused = flashmla_backend.plan_decode(second.seq_lens, second.block_table, **SHAPE, reuse=plan)
+    fresh = flashmla_backend.plan_decode(second.seq_lens, second.block_table, **SHAPE)
+    assert [t.data_ptr() for t in (reused.items, reused.part_offsets, reused.split_offsets)] == addresses
+    assert reused.partial_out is plan.partial_out and reused.partial_lse is plan.partial_lse
+    for name in ("items", "part_offsets", "split_offsets"):
+        assert torch.equal(getattr(reused, name), getattr(fresh, name))
+    out, lse = flashmla_backend.mla_decode(second.q, second.kv_cache, reused, softmax_scale=0.05)
+    expected = reference.mla_decode(second.q, second.kv_cache, second.block_table, second.seq_lens, softmax_scale=0.05)
+    check_close(out, lse, *expected)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"h_q": 16}, "'h_q': 8"),
+        ({"s_q": 2}, "'s_q': 1"),
+        ({"num_sms": 6}, "'parts': 5"),
+        ({"causal": False}, "'causal': True"),
+    ],
+)
+def test_other_shapes_are_refused(changes: dict, message: str) -> None:
+    problem = make_problem([1000, 3, 0], h_q=8)
+    plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE)
+    with pytest.raises(InvalidArgument, match=f"reuse was made for .*{message}"):
+        flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **(SHAPE | changes), reuse=plan)
+    with pytest.raises(InvalidArgument, match=r"reuse was made for .*'batch': 3"):
+        flashmla_backend.plan_decode(problem.seq_lens[:2], problem.block_table[:2], **SHAPE, reuse=plan)

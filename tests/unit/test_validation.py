@@ -1,0 +1,123 @@
+"""The C ABI refuses bad arguments by name, before it asks for a GPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from flashmla_backend import native, sm90
+from flashmla_backend.schedule import MAX_ROUNDS, MIN_SPLIT_PAGES, TILE_TOKENS
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+needs_build = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
+
+# Addresses are never followed here: every case is refused first, or there is no GPU to follow them.
+DECODE = {
+    "dtype": 0,
+    "shape": (2, 1, 8, 1),  # batch, s_q, h_q, h_kv
+    "page_size": 64,
+    "num_pages": 10,
+    "num_parts": 132,
+    "causal": True,
+    "softmax_scale": 0.1,
+    "q": 16,
+    "q_strides": (4608, 4608, 576),
+    "kv": 32,
+    "kv_strides": (36864, 576, 576),
+    "seq_lens": 4,
+    "block_table": 4,
+    "block_table_stride": 4,
+    "items": 16,
+    "part_offsets": 4,
+    "split_offsets": 4,
+    "out": 16,
+    "lse": 4,
+    "partial_out": 16,
+    "partial_lse": 4,
+    "stream": 0,
+}
+SCHEDULE = {
+    "batch": 2,
+    "num_parts": 132,
+    "cost": sm90.cost_of(1),
+    "seq_lens": 4,
+    "items": 16,
+    "part_offsets": 4,
+    "split_offsets": 4,
+    "stream": 0,
+}
+
+
+@needs_build
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"q": 0}, "q is null; accepted: a device pointer"),
+        ({"q": 8}, "q is at 0x8; accepted: a device pointer aligned to 16 bytes"),
+        ({"kv": 40}, "kv is at 0x28; .* aligned to 16 bytes"),
+        ({"out": 4}, "out is at 0x4; .* aligned to 16 bytes"),
+        ({"items": 4}, "items is at 0x4; .* aligned to 16 bytes"),
+        ({"seq_lens": 2}, "seq_lens is at 0x2; .* aligned to 4 bytes"),
+        ({"partial_out": 0}, "partial_out is null"),
+        ({"q_strides": (4608, 4608, 577)}, "q_head_stride is 577 elements; accepted: a multiple of 8"),
+        ({"kv_strides": (36860, 576, 576)}, "kv_page_stride is 36860 elements; accepted: a multiple of 8"),
+        ({"kv_strides": (0, 576, 576)}, "kv_page_stride is 0 elements; .* from 8 up"),
+        ({"page_size": 32}, "page_size is 32; accepted: a multiple of 64"),
+        ({"page_size": 0}, "page_size is 0"),
+        ({"shape": (2, 1, 5, 2)}, "h_q is 5, h_kv 2; accepted: h_q a multiple of h_kv"),
+        ({"shape": (2, 0, 5, 1)}, "s_q is 0; accepted: 1 to"),
+        ({"shape": (1 << 20, 1 << 10, 128, 1)}, "batch 1048576, s_q 1024 and h_q 128 make too many output rows"),
+        ({"shape": (1, 1, 1 << 17, 1 << 17)}, "h_kv is 131072; accepted: 1 to 65535"),
+        ({"num_parts": 70000}, "num_parts is 70000; accepted: 1 to 65535"),
+        ({"softmax_scale": 0.0}, "softmax_scale is 0; accepted: a finite number greater than 0"),
+        ({"softmax_scale": float("nan")}, "softmax_scale is nan"),
+        ({"softmax_scale": float("inf")}, "softmax_scale is inf"),
+        ({"dtype": 2}, "dtype is 2; accepted: 0 to 1"),
+    ],
+)
+def test_decode(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.load().decode(**(DECODE | changes))
+
+
+@needs_build
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch": 8193}, "batch is 8193; accepted: 0 to 8192"),
+        ({"num_parts": 513}, "num_parts is 513; accepted: 1 to 512"),
+        ({"items": 4}, "items is at 0x4"),
+        ({"seq_lens": 0}, "seq_lens is null"),
+        ({"cost": (0, 1, 1, 1, 1)}, r"cost\.page is 0; accepted: 1 to 65535"),
+        ({"cost": (1, 1, 5, 1, 1)}, r"cost\.empty_item is 5; accepted: less than cost\.item \+ cost\.page, 2"),
+    ],
+)
+def test_schedule(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.load().schedule(**(SCHEDULE | changes))
+
+
+@needs_build
+def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
+    if any(device.compute_capability == (9, 0) for device in native.devices()):
+        pytest.skip("there is one, and the addresses are made up")
+    for call in (lambda: native.load().decode(**DECODE), lambda: native.load().schedule(**SCHEDULE)):
+        with pytest.raises(RuntimeError, match=r"there is no CUDA device|has compute capability .* run on 9\.0"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "file, name, value",
+    [
+        ("include/flashmla/schedule.h", "FLASHMLA_SCHEDULE_MAX_ROUNDS", MAX_ROUNDS),
+        ("sm90/schedule.cuh", "kMinSplitPages", MIN_SPLIT_PAGES),
+        ("sm90/schedule.cuh", "kPageTokens", TILE_TOKENS),
+    ],
+)
+def test_constants_of_the_device_scheduler_are_the_specifications(file: str, name: str, value: int) -> None:
+    """The cost model needs no such test: the device is told it in every call."""
+    (found,) = re.findall(rf"{name} = (\d+)[,;]", (KERNELS / file).read_text())
+    assert int(found) == value
