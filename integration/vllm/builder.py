@@ -40,9 +40,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         logger.info_once(
-            "flashmla_backend %s serves MLA decode: %s, %d-token pages",
+            "flashmla_backend %s serves MLA decode: CPU reference path, %d-token pages",
             version("flashmla_backend"),
-            kernels(device),
             self.page_size,
         )
 
@@ -63,12 +62,3 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
             causal=True,
         )
         return FlashMLADecodeMetadata(block_table_tensor, seq_lens_device, dcp_tot_seq_lens_device, plan)
-
-
-def kernels(device: torch.device) -> str:
-    """What runs the decode on `device`, in words for the log."""
-    if device.type == "cpu":
-        return "CPU reference path"
-    from flashmla_backend import native
-
-    return f"{native.build_info().arch} kernels"

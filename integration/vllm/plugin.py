@@ -81,16 +81,5 @@ def _check_hardware() -> None:
                 f"vLLM runs {platform}, which ignores --attention-backend for MLA; "
                 "unset VLLM_TARGET_DEVICE and let VLLM_PLUGINS include flashmla_backend_cpu"
             )
-    elif not current_platform.is_cuda():
-        raise Unsupported(f"vLLM runs {platform}; flashmla_backend serves CPUs and CUDA devices")
     else:
-        _check_cuda_kernels()
-
-
-def _check_cuda_kernels() -> None:
-    from flashmla_backend import native
-
-    if not native.available():
-        raise Unsupported(f"its compiled module is missing: {native.unavailable_reason()}")
-    if not native.build_info().has_decode_kernels:
-        raise Unsupported("this release has no decode kernels for CUDA devices")
+        raise Unsupported(f"vLLM runs {platform}; this release serves vLLM on CPUs only")

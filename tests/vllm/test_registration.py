@@ -14,7 +14,6 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from flashmla_backend import native
 from flashmla_backend.checkpoint import Architecture
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.vllm import compat, cpu_platform, plugin, register
@@ -156,18 +155,11 @@ def test_unsupported_version_leaves_vllm_as_it_was(
     assert "is not supported; vLLM 0.26 to 0.27 works" in log.text
 
 
-@pytest.mark.parametrize("ready", [False, True])
-def test_on_cuda_the_builtin_stays_until_there_are_kernels(
-    ready: bool, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
-) -> None:
-    builtin = FLASHMLA.get_path()
-    cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
-    monkeypatch.setattr("vllm.platforms._current_platform", cuda)
-    monkeypatch.setattr(native, "available", lambda: True)
-    monkeypatch.setattr(native, "build_info", lambda: SimpleNamespace(has_decode_kernels=ready))
+def test_on_other_devices_the_builtin_stays(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", SimpleNamespace(is_cpu=lambda: False))
     register()
-    assert FLASHMLA.get_path() == (plugin.BACKEND_PATH if ready else builtin)
-    assert ready or "no decode kernels for CUDA devices; vLLM keeps its own FLASHMLA" in log.text
+    assert not FLASHMLA.is_overridden()
+    assert "this release serves vLLM on CPUs only; vLLM keeps its own FLASHMLA" in log.text
 
 
 def test_a_foreign_cpu_platform_is_named(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
