@@ -1,0 +1,137 @@
+"""The `flashmla` command."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from typer.core import TyperCommand
+
+from .errors import FlashMLAError
+
+app = typer.Typer(
+    name="flashmla",
+    help="MLA decode for DeepSeek-V2/V3-class models, as a backend of vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+out, err = Console(), Console(stderr=True)
+MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
+
+
+class WithVllmArguments(TyperCommand):
+    """Keeps what follows `--` apart, so that it goes to vLLM and its first word is not taken for MODEL."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.meta["vllm_arguments"] = args[cut + 1 :]
+        return super().parse_args(ctx, args[:cut])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(version("flashmla_backend"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Say what is here, what will serve, what is missing and how to get it.
+
+    Exit code 0 if `flashmla serve` will work with our backend, 1 if not.
+    """
+    from .doctor import examine
+
+    with err.status("Asking vLLM which backend it would use"):
+        report = examine()
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        title = f"flashmla_backend {version('flashmla_backend')}"
+        table = Table("", "what", Column("found", overflow="fold"), title=title)
+        for finding in report.findings:
+            lines = [escape(finding.found)] + ([f"[bold]-> {escape(finding.remedy)}[/]"] if finding.remedy else [])
+            table.add_row(MARKS[finding.verdict], escape(finding.subject), "\n".join(lines))
+        out.print(table)
+        will = f"works: {report.decode_path}" if report.will_serve else "does not work yet: see what is missing"
+        out.print(f"[bold]flashmla serve {will}[/]")
+    raise typer.Exit(0 if report.will_serve else 1)
+
+
+@app.command(cls=WithVllmArguments, epilog="Everything after -- goes to vLLM as it is.")
+def serve(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL] [-- VLLM_ARGUMENTS...]",
+            help="Folder or name of a model with MLA. Without it: the embedded default.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name that requests give for the model. Default: MODEL as given, or flashmla-default."),
+    ] = None,
+) -> None:
+    """Start vLLM's OpenAI-compatible server with --attention-backend flashmla.
+
+    Without MODEL it serves the embedded default: a small DeepSeek-V2 mixture of experts with random weights, made on
+    first use. It shows the whole path at work, and talks nonsense.
+    """
+    from . import serve as serving
+
+    arguments = ctx.meta["vllm_arguments"]
+    try:
+        serving.check_vllm()
+        serving.check_port(host, port)
+        if model is None:
+            chosen = [*serving.DEFAULT_MODEL_ARGUMENTS, *arguments]
+            gib = serving.DEFAULT_MODEL_KV_CACHE_GIB
+            folder = str(_default_checkpoint())
+            server = serving.Server(folder, name or serving.DEFAULT_NAME, host, port, chosen, gib)
+        else:
+            server = serving.Server(model, name or model, host, port, arguments)
+    except FlashMLAError as refusal:
+        err.print(f"[red]flashmla serve:[/] {escape(str(refusal))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(serving.run(server, say=_say))
+
+
+def _say(message: str) -> None:
+    """Apart from the server's log, and unwrapped so that it can be pasted."""
+    out.print()
+    out.print(escape(message), style="bold", soft_wrap=True, highlight=False)
+    out.print()
+
+
+def _default_checkpoint() -> Path:
+    from .checkpoint import default_checkpoint
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("Making the embedded checkpoint", visible=False)
+
+        def advance(made: int, total: int) -> None:
+            bar.update(task, completed=made, total=total, visible=True)
+
+        folder = default_checkpoint(progress=advance)
+    err.print(f"Embedded checkpoint: {folder}", soft_wrap=True, highlight=False)
+    return folder

@@ -1,0 +1,34 @@
+"""What README and examples/ show, run as they stand."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from flashmla_backend.serve import DEFAULT_NAME, Server
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def run(*command: str, cwd: Path) -> str:
+    """What Python prints, started away from the source tree."""
+    return subprocess.check_output([sys.executable, *command], cwd=cwd, text=True, timeout=120)
+
+
+def test_the_api_in_the_readme_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert "2 requests" in run("-c", code, cwd=tmp_path)
+
+
+def test_the_readme_shows_the_curl_line_that_serve_prints() -> None:
+    assert Server("any", DEFAULT_NAME).curl in README
+
+
+def test_the_offline_example_agrees_with_the_reference(tmp_path: Path) -> None:
+    printed = run(str(ROOT / "examples" / "offline_decode.py"), "--dtype", "float32", "1", "65", "300", cwd=tmp_path)
+    assert "request 2 pages" in printed
+    errors = printed.splitlines()[-1].replace(",", "").split()
+    assert float(errors[errors.index("out") + 1]) < 1e-4 and float(errors[-1]) < 1e-4

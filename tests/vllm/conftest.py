@@ -1,0 +1,170 @@
+"""The real engine in processes of its own, and what Hugging Face transformers generates from the same weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashmla_backend.checkpoint import Architecture, make_checkpoint
+
+NEW_TOKENS = 40
+# Both sides of the edges of 64- and 128-token pages, also by what decode adds.
+LENGTHS = (1, 2, 17, 40, 63, 64, 65, 127, 128, 129, 192, 230)
+SHARED = 280  # tokens of the common prefix: over one page of 256, four of 64
+TAILS = (1, 9, 63)
+MARGIN = 1e-3  # between the best and the second-best logit; fp32 engines differ by about 1e-5 here
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Prompts, and the greedy continuation of each by Hugging Face transformers in fp32."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What engine_run.py answered, and what the engine logged."""
+
+    tokens: list[list[list[int]]]
+    cached: list[list[int]]
+    counters: dict[str, float]
+    config: dict[str, Any]
+    backend: str
+    decodes: dict[tuple[int, int], int]  # (requests, new tokens of each) -> calls of the backend
+    log: str
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs a CPU build of vLLM"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return cache(lambda architecture: make_checkpoint(folder / architecture, architecture, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def reference(
+    checkpoint: Callable[[Architecture], Path],
+) -> Callable[[Architecture], tuple[Reference, Reference]]:
+    """For an architecture: independent prompts, the last of them the prefix; then prompts that begin with it."""
+    return cache(lambda architecture: _generate(checkpoint(architecture)))
+
+
+@pytest.fixture
+def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
+    """Starts vLLM once: run_engine(batches, many_processes=..., environment=..., **arguments of vllm.LLM)."""
+
+    def run(
+        batches: list[list[list[int]]],
+        *,
+        many_processes: bool = False,
+        environment: dict[str, str] | None = None,
+        **engine: Any,
+    ) -> EngineRun:
+        request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+        request.write_text(json.dumps({"engine": engine, "batches": batches, "new_tokens": NEW_TOKENS}))
+        script = Path(__file__).with_name("engine_run.py")
+        process = subprocess.run(
+            [sys.executable, str(script), str(request), str(answer)],
+            env={
+                **os.environ,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(many_processes)),
+                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to the worker, see engine_run.py
+                "VLLM_CACHE_ROOT": str(tmp_path),  # compile afresh
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                **(environment or {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=400,
+        )
+        assert process.returncode == 0 and answer.exists(), process.stdout[-8000:]
+        answered = json.loads(answer.read_text())
+        decodes = {}
+        for key, calls in answered.pop("decodes").items():
+            requests, new_tokens = key.split(",")
+            decodes[int(requests), int(new_tokens)] = calls
+        return EngineRun(**answered, decodes=decodes, log=process.stdout)
+
+    return run
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """Our lines in vLLM's log. caplog listens at the root logger, which vLLM may or may not propagate to."""
+    logger = logging.getLogger("vllm.flashmla_backend")
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.INFO, logger.name)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def unchanged_environment() -> Iterator[None]:
+    """vLLM's CPU platform writes LD_PRELOAD and others into os.environ."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _generate(folder: Path) -> tuple[Reference, Reference]:
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a model this small only loses time to a second one
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        alone = [_decided_prompt(model, [], length) for length in (*LENGTHS, SHARED)]
+        prefix, _ = alone[-1]
+        sharing = [_decided_prompt(model, prefix, length) for length in TAILS]
+    finally:
+        torch.set_num_threads(threads)
+    first, second = (Reference(*map(list, zip(*pairs, strict=True))) for pairs in (alone, sharing))
+    return first, second
+
+
+def _decided_prompt(model: Any, prefix: list[int], length: int) -> tuple[list[int], list[int]]:
+    """`prefix` and then `length` random tokens, such that no greedy step after them is a near tie."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(1000 * length + seed)
+        drawn = torch.randint(5, model.config.vocab_size, (length,), generator=generator).tolist()
+        prompt = prefix + drawn
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best, second = torch.cat(output.logits).topk(2).values.unbind(-1)
+        if (best - second).min() >= MARGIN:
+            return prompt, output.sequences[0, len(prompt) :].tolist()
+    pytest.fail(f"no prompt of {length} tokens without near ties in 20 tries")

@@ -1,0 +1,152 @@
+"""The calls vLLM makes of our classes, in the shapes its releases from 0.26 to 0.33 make them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.attention.mla_attention import QueryLenSupport
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+
+from flashmla_backend import plan_decode, reference
+from flashmla_backend.errors import Unsupported
+from flashmla_backend.integration.vllm import compat
+from flashmla_backend.integration.vllm.backend import FlashMLABackend
+from flashmla_backend.integration.vllm.builder import FlashMLAMetadataBuilder
+from flashmla_backend.integration.vllm.impl import FlashMLAImpl
+from tests.conftest import check_close, make_problem
+
+HEADS = 3
+SCALE = 0.1
+
+
+def build_decode(problem: Any, s_q: int, **newer: Any) -> Any:
+    builder = object.__new__(FlashMLAMetadataBuilder)
+    builder.num_heads, builder.page_size = HEADS, 64
+    offsets = torch.arange(0, (len(problem.seq_lens) + 1) * s_q, s_q, dtype=torch.int32)
+    return builder._build_decode(
+        block_table_tensor=problem.block_table,
+        seq_lens_device=problem.seq_lens,
+        max_seq_len=int(problem.seq_lens.max()),
+        query_start_loc_cpu=offsets,
+        query_start_loc_device=offsets,
+        num_decode_tokens=int(offsets[-1]),
+        dcp_tot_seq_lens_device=None,
+        **newer,
+    )
+
+
+def impl() -> FlashMLAImpl:
+    made = object.__new__(FlashMLAImpl)
+    made.scale = SCALE
+    return made
+
+
+def spread_pages(cache: torch.Tensor) -> torch.Tensor:
+    """The same [P, 64, 576] cache, its pages 96 rows apart."""
+    wide = torch.full((cache.shape[0], 96, cache.shape[2]), float("nan"), dtype=cache.dtype)
+    wide[:, :64] = cache
+    return wide[:, :64]
+
+
+@pytest.mark.parametrize("newer", [{}, {"max_query_len": 2}], ids=["0.26", "0.33"])
+def test_one_plan_a_step(newer: dict[str, int]) -> None:
+    problem = make_problem([64, 0, 3, 200], s_q=2, h_q=HEADS)
+    decode = build_decode(problem, 2, **newer)
+    assert decode.block_table is problem.block_table
+    assert decode.seq_lens is problem.seq_lens
+    expected = plan_decode(problem.seq_lens, problem.block_table, s_q=2, h_q=HEADS, page_size=64, causal=True)
+    assert str(decode.plan) == str(expected)
+
+
+def test_rows_of_padding_have_no_queries() -> None:
+    assert compat.uniform_query_len(torch.tensor([0, 3, 6, 6, 6], dtype=torch.int32)) == 3
+
+
+@pytest.mark.parametrize("in_parts", [True, False], ids=["tuple", "tensor"])
+@pytest.mark.parametrize("apart", [False, True], ids=["dense pages", "pages apart"])
+@pytest.mark.parametrize("s_q", [1, 3])
+def test_decode_against_the_oracle(s_q: int, apart: bool, in_parts: bool) -> None:
+    problem = make_problem([63, 64, 0, 65, 200], s_q=s_q, h_q=HEADS, dtype=torch.float32)
+    cache = problem.kv_cache.squeeze(2)  # vLLM's [P, 64, 576]
+    q = problem.q.flatten(0, 1)  # [T, N, 576]
+    metadata = SimpleNamespace(num_decodes=5, decode=build_decode(problem, s_q))
+    out, lse = impl().forward_mqa(
+        q.split([512, 64], dim=-1) if in_parts else q,
+        spread_pages(cache) if apart else cache,
+        metadata,
+        layer=None,
+    )
+    expected_out, expected_lse = reference.mla_decode(
+        problem.q, problem.kv_cache, problem.block_table, problem.seq_lens, softmax_scale=SCALE
+    )
+    assert out.shape == (5 * s_q, HEADS, 512)
+    assert lse.shape == (5 * s_q, HEADS)
+    check_close(out, lse, expected_out.flatten(0, 1), expected_lse.flatten(0, 1))
+
+
+@pytest.mark.parametrize("newer", [(), (False,)], ids=["0.26", "0.33"])
+@pytest.mark.parametrize("apart", [False, True], ids=["dense pages", "pages apart"])
+def test_cache_rows_are_written_where_the_slots_say(apart: bool, newer: tuple[bool, ...]) -> None:
+    cache = torch.zeros(4, 64, 576)
+    if apart:
+        cache = spread_pages(cache)
+    slots = torch.tensor([3 * 64 + 63, -1, 0, 64, -1])
+    latent, rope = torch.randn(7, 512), torch.randn(7, 1, 64)  # two rows of graph padding without a slot
+    impl().do_kv_cache_update(latent, rope, cache, slots, "auto", torch.tensor(1.0), *newer)
+    expected = torch.zeros(4, 64, 576)
+    for token, (page, row) in {0: (3, 63), 2: (0, 0), 3: (1, 0)}.items():
+        expected[page, row] = torch.cat([latent[token], rope[token, 0]])
+    assert torch.equal(cache, expected)
+
+
+def test_cache_not_allocated_yet_is_left_alone() -> None:
+    impl().do_kv_cache_update(
+        torch.zeros(2, 512), torch.zeros(2, 1, 64), torch.tensor([]), torch.tensor([0, 1]), "auto", None
+    )
+
+
+@pytest.mark.parametrize(
+    "unserved",
+    [
+        {"sliding_window": 128},
+        {"logits_soft_cap": 30.0},
+        {"alibi_slopes": [0.5]},
+        {"attn_type": AttentionType.ENCODER},
+    ],
+    ids=str,
+)
+def test_layers_with_more_than_plain_attention_are_refused(unserved: dict[str, Any]) -> None:
+    plain: dict[str, Any] = {
+        "num_heads": HEADS,
+        "head_size": 576,
+        "scale": SCALE,
+        "num_kv_heads": 1,
+        "alibi_slopes": None,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+        "logits_soft_cap": None,
+        "attn_type": AttentionType.DECODER,
+        "kv_sharing_target_layer_name": None,
+    }
+    (name,) = unserved
+    with pytest.raises(Unsupported, match=f"asks for {name}=.*drop --attention-backend flashmla"):
+        FlashMLAImpl.__init__(impl(), **plain | unserved)
+
+
+def test_what_the_backend_declares() -> None:
+    assert FlashMLABackend.get_supported_kernel_block_sizes() == [64]
+    assert FlashMLABackend.get_supported_kernel_block_sizes(kv_cache_spec=None) == [64]
+    assert FlashMLABackend.get_supported_head_sizes() == [576]
+    assert FlashMLABackend.get_preferred_block_size(128) == 64
+    assert [size for size in (16, 32, 64, 96, 128, 256) if FlashMLABackend.supports_block_size(size)] == [
+        64,
+        128,
+        256,
+    ]
+    assert FlashMLABackend.get_builder_cls()._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
+    assert FlashMLABackend.get_builder_cls().query_len_support is QueryLenSupport.UNIFORM
+    assert FlashMLABackend.get_impl_cls().can_return_lse_for_decode
+    assert not FlashMLABackend.get_impl_cls().supports_dcp
