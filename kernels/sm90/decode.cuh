@@ -424,8 +424,9 @@ template <typename Element>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ uint8_t raw_shared[];
-  auto& shared = *reinterpret_cast<DecodeShared*>((reinterpret_cast<uintptr_t>(raw_shared) + 1023) &
-                                                  ~uintptr_t{1023});
+  // An offset, not a rounded pointer: the compiler must see that this is shared memory.
+  const uint32_t padding = -ptx::smem_address(raw_shared) & 1023;
+  auto& shared = *reinterpret_cast<DecodeShared*>(raw_shared + padding);
   const int row_begin = blockIdx.x * kTileRows, kv_head = blockIdx.y, part = blockIdx.z;
 
   if (threadIdx.x == 0) {

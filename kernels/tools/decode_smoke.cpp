@@ -90,7 +90,7 @@ Problem make_problem() {
       if (index % kPageTokens == 0) entry = pages[taken++];
       auto* row = const_cast<__nv_bfloat16*>(problem.token(request, index));
       for (int column = 0; column < kWidth; ++column)
-        row[column] = __float2bfloat16(normal(random));
+        row[column] = __float2bfloat16(normal(random) / 10);
     }
   }
   return problem;
