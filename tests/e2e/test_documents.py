@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from flashmla_backend.bench import report
 from flashmla_backend.serve import DEFAULT_NAME, Server
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +27,13 @@ def test_the_api_in_the_readme_runs(tmp_path: Path) -> None:
 
 def test_the_readme_shows_the_curl_line_that_serve_prints() -> None:
     assert Server("any", DEFAULT_NAME).curl in README
+
+
+def test_the_readme_quotes_the_report_it_links() -> None:
+    (path,) = re.findall(r"\[report\]\((benchmarks/results/\S+\.json)\)", README)
+    quoted = json.loads((ROOT / path).read_text())
+    assert f"    {report.summary_line(quoted)}\n" in README
+    assert quoted["summary"] == report.summarise(quoted["rows"])
 
 
 def test_the_offline_example_agrees_with_the_reference(tmp_path: Path) -> None:
