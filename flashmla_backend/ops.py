@@ -101,33 +101,7 @@ def mla_decode(
     return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal)
 
 
-@mla_decode.register_kernel("cuda")
-def _(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    items: torch.Tensor,
-    part_offsets: torch.Tensor,
-    split_offsets: torch.Tensor,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return sm90.decode(
-        q,
-        kv_cache,
-        block_table,
-        seq_lens,
-        items,
-        part_offsets,
-        split_offsets,
-        partial_out,
-        partial_lse,
-        softmax_scale,
-        causal,
-    )
+mla_decode.register_kernel("cuda")(sm90.decode)
 
 
 @mla_decode.register_fake
