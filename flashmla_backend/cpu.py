@@ -12,7 +12,7 @@ import torch
 
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.paging import D_V, PagedKV, check_page_ids, present_as_tiles
-from flashmla_backend.schedule import TILE_TOKENS
+from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
 
 def decode(
@@ -101,7 +101,7 @@ def check_plan_covers(work: list[list[int]], lengths: list[int]) -> None:
     for request, page_begin, page_end, _ in work:
         planned[request] += page_end - page_begin
     for request, (pages, length) in enumerate(zip(planned, lengths, strict=True)):
-        needed = -(-length // TILE_TOKENS)
+        needed = pages_of(length)
         if pages != needed:
             raise InvalidArgument(
                 f"plan was made for other lengths: it reads {pages} pages of request {request}, whose seq_lens of "

@@ -9,7 +9,8 @@ import torch
 
 from flashmla_backend import reference
 from flashmla_backend.bench.contenders import Contender
-from flashmla_backend.bench.problems import Problem, make_problem, pages_of
+from flashmla_backend.bench.problems import Problem, make_problem
+from flashmla_backend.schedule import pages_of
 
 CHECK_LENGTHS = ([1, 777, 64, 2500], [5000], [333, 65])  # causal queries need s_q tokens: shorter ones are left out
 LONGEST_ON_CPU = 1000

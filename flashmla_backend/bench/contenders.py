@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,9 +10,10 @@ import torch
 import flashmla_backend
 from flashmla_backend import baselines, native
 from flashmla_backend.bench import rivals
-from flashmla_backend.bench.problems import Problem, pages_of
+from flashmla_backend.bench.problems import Problem
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.schedule import pages_of
 
 Call = Callable[[], torch.Tensor]  # -> out [B, S_q, H_q, 512]
 Prepare = Callable[[Problem], list[Call]]  # one call for each rotation; planning happens here, outside the timing
@@ -51,9 +51,7 @@ def load_naive(device: torch.device) -> Prepare:
     """Our textbook CUDA kernel: a thread block per query row, no tensor cores."""
     if device.type != "cuda":
         raise Unavailable("a CUDA kernel")
-    if reason := native.unavailable_reason():
-        raise Unavailable(reason)
-    naive_decode = importlib.import_module("flashmla_backend._native").naive_decode
+    naive_decode = native.load().naive_decode
 
     def prepare(problem: Problem) -> list[Call]:
         shape = (problem.batch, problem.s_q, problem.heads)

@@ -11,9 +11,9 @@ from itertools import product
 import torch
 
 from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
-PAGE_TOKENS = 64
-PAGE_BYTES = PAGE_TOKENS * D_QK * 2
+PAGE_BYTES = TILE_TOKENS * D_QK * 2
 CACHE_SWEEPS = 2.5  # bytes read between two uses of a page, in L2 sizes
 MAX_ROTATIONS = 64
 
@@ -43,10 +43,6 @@ class Shape:
         return max(1, min(MAX_ROTATIONS, math.ceil(CACHE_SWEEPS * l2_bytes / (self.pages() * PAGE_BYTES))))
 
 
-def pages_of(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS)
-
-
 def grid(
     heads: Sequence[int], s_q: Sequence[int], batch: Sequence[int], lengths: Sequence[int], kinds: Sequence[str]
 ) -> list[Shape]:
@@ -60,7 +56,7 @@ def grid(
 def make_pool(shapes: Iterable[Shape], l2_bytes: int, device: torch.device) -> torch.Tensor:
     """A cache [P, 64, 1, 576] bf16 large enough for each of the shapes."""
     pages = max(shape.pages() * shape.rotations(l2_bytes) for shape in shapes)
-    pool = torch.empty(pages, PAGE_TOKENS, 1, D_QK, dtype=torch.bfloat16, device=device)
+    pool = torch.empty(pages, TILE_TOKENS, 1, D_QK, dtype=torch.bfloat16, device=device)
     for some in pool.split(4096):
         some.normal_().clamp_(-4, 4)
     return pool

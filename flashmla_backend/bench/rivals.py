@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashmla_backend.bench.problems import PAGE_TOKENS, Problem, pages_of
+from flashmla_backend.bench.problems import Problem
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
 if TYPE_CHECKING:
     from flashmla_backend.bench.contenders import Call, Prepare
@@ -87,7 +88,7 @@ def load_fa3(device: torch.device, num_splits: int) -> Prepare:
             headdim_v=D_V,
             cache_seqlens=problem.seq_lens,
             qkv_dtype=problem.cache.dtype,
-            page_size=PAGE_TOKENS,
+            page_size=TILE_TOKENS,
             cu_seqlens_q=offsets,
             causal=True,
             num_splits=num_splits,
@@ -140,7 +141,7 @@ def load_flashinfer(device: torch.device) -> Prepare:
             problem.heads,
             D_V,
             D_ROPE,
-            PAGE_TOKENS,
+            TILE_TOKENS,
             True,
             problem.softmax_scale,
             problem.cache.dtype,

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 
+from flashmla_backend.paging import D_QK
+from flashmla_backend.schedule import TILE_TOKENS
+
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
 
     from .builder import FlashMLAMetadataBuilder
     from .impl import FlashMLAImpl
 
-PAGE_SIZE = 64  # tokens; vLLM splits blocks of 128 and 256 tokens into pages of this many itself
-HEAD_DIM = 576  # numbers per cached token: kv_lora_rank 512 + qk_rope_head_dim 64
+PAGE_SIZE = TILE_TOKENS  # vLLM splits blocks of 128 and 256 tokens into pages of this many itself
 
 
 class FlashMLABackend(MLACommonBackend):
@@ -42,7 +44,7 @@ class FlashMLABackend(MLACommonBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [HEAD_DIM]
+        return [D_QK]
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:

@@ -32,21 +32,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(Mbarrier* barrier, uin
       : "memory");
 }
 
-// Whether the phase of this parity has completed; does not wait.
-__device__ __forceinline__ bool mbarrier_ready(Mbarrier* barrier, uint32_t parity) {
-  uint32_t ready;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}\n"
-      : "=r"(ready)
-      : "r"(smem_address(barrier)), "r"(parity)
-      : "memory");
-  return ready;
-}
-
 // Blocks until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   asm volatile(
