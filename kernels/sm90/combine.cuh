@@ -10,32 +10,91 @@ namespace flashmla {
 
 constexpr int kCombineWarps = 8;
 constexpr int kCombineThreads = 32 * kCombineWarps;
-constexpr int kChunkColumns = 128;  // of a row, for one warp: 16 bytes a lane and partial result
-constexpr int kChunks = kLatent / kChunkColumns;
-constexpr int kFewSplits = 8;         // up to here on average one warp merges a chunk alone
-constexpr int kSplitsInFlight = 8;    // loads that a lane has on their way
+constexpr int kCombineBlocksPerSm = 3;
+constexpr int kFewSplits = 8;    // up to here, on average, a row is for one warp
+constexpr int kRowVectors = 4;   // 16-byte vectors that a lane holds of a whole row ..
+constexpr int kVectorsInFlight = 8;  // .. and how many of them it has on their way
 
-__device__ __forceinline__ float warp_max(float x) {
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
-}
+// A running sum of weighted partial results; a lane holds vectors `lane + 32 v` of its columns.
+template <int kVectors>
+struct Merge {
+  float maximum = kNegativeInfinity, sum = 0.0f;
+  float4 out[kVectors] = {};
 
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
+  __device__ __forceinline__ void scale(float next) {
+    const float weight = __expf(maximum - next);
+    maximum = next;
+    sum *= weight;
+#pragma unroll
+    for (float4& x : out) x = make_float4(x.x * weight, x.y * weight, x.z * weight, x.w * weight);
+  }
 
-// Walks over the requests that were cut, 32 at a time; all lanes of a warp together.
+  // Adds `x`, which is itself a sum of weights `x_sum` relative to `x_maximum` <= maximum.
+  __device__ __forceinline__ void add(const float4 (&x)[kVectors], float x_maximum, float x_sum) {
+    const float weight = __expf(x_maximum - maximum);
+    // A piece that holds no token this row sees weighs nothing, whatever its result.
+    if (weight == 0.0f) return;
+    sum = fmaf(weight, x_sum, sum);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      out[v].x = fmaf(weight, x[v].x, out[v].x);
+      out[v].y = fmaf(weight, x[v].y, out[v].y);
+      out[v].z = fmaf(weight, x[v].z, out[v].z);
+      out[v].w = fmaf(weight, x[v].w, out[v].w);
+    }
+  }
+
+  // `count` partial results that lie `stride` rows apart, from `partial_out` and `partial_lse` on.
+  __device__ __forceinline__ void add_splits(const float4* partial_out, const float* partial_lse,
+                                             int64_t stride, int count) {
+    constexpr int kBatch = kVectorsInFlight / kVectors;
+    for (int base = 0; base < count; base += kBatch) {
+      float lse[kBatch];
+      float4 x[kBatch][kVectors];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        lse[i] = kNegativeInfinity;
+        if (base + i < count) {
+          lse[i] = __ldcs(partial_lse);
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) x[i][v] = __ldcs(partial_out + 32 * v);
+        }
+        partial_lse += stride;
+        partial_out += stride * (kLatent / 4);
+      }
+      float next = maximum;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) next = fmaxf(next, lse[i]);
+      if (next == kNegativeInfinity) continue;
+      scale(next);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) add(x[i], lse[i], 1.0f);
+    }
+  }
+
+  template <typename Element>
+  __device__ __forceinline__ void store(void* out_row, float* lse) const {
+    const int lane = threadIdx.x % 32;
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      static_cast<uint2*>(out_row)[lane + 32 * v] =
+          make_uint2(pack<Element>(out[v].x * inverse, out[v].y * inverse),
+                     pack<Element>(out[v].z * inverse, out[v].w * inverse));
+    }
+    if (lane == 0) *lse = sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
+  }
+};
+
+// The requests of a batch that were cut, found 32 at a time by a whole warp.
 struct CutRequests {
   const int32_t* split_offsets;
   int batch;
-  int base = 0, before = 0;  // requests below `base` hold `before` cut ones
 
   __device__ __forceinline__ uint32_t mask(int group) const {
     const int request = group + threadIdx.x % 32;
-    const bool cut = request < batch &&
-                     __ldg(split_offsets + request) != __ldg(split_offsets + request + 1);
-    return __ballot_sync(~0u, cut);
+    return __ballot_sync(~0u, request < batch && __ldg(split_offsets + request) !=
+                                                     __ldg(split_offsets + request + 1));
   }
 
   __device__ __forceinline__ int count() const {
@@ -45,107 +104,78 @@ struct CutRequests {
     return cut;
   }
 
-  // The cut request of this rank, which must exist and not be less than the one before.
-  __device__ __forceinline__ int find(int rank) {
-    for (;; base += 32) {
-      const uint32_t cut = mask(base);
-      if (rank - before < __popc(cut)) return base + __fns(cut, 0, rank - before + 1);
-      before += __popc(cut);
+  // The cut request of this rank, which must exist.
+  __device__ __forceinline__ int find(int rank) const {
+    for (int group = 0;; group += 32) {
+      const uint32_t cut = mask(group);
+      if (rank < __popc(cut)) {
+        const uint32_t own = 1u << threadIdx.x % 32;
+        const bool wanted = (cut & own) && __popc(cut & (own - 1)) == rank;
+        return group + __ffs(__ballot_sync(~0u, wanted)) - 1;
+      }
+      rank -= __popc(cut);
     }
   }
 };
 
-// Adds `count` partial results, each weighted by exp(lse - maximum); strides in elements.
-__device__ __forceinline__ float4 weighted_sum(const float* out, const float* lse, int64_t stride,
-                                               int count, float maximum) {
-  const int lane = threadIdx.x % 32;
-  const auto* next = reinterpret_cast<const float4*>(out) + lane;
-  float4 sum{};
-  for (int base = 0; base < count; base += 32) {
-    const float weight =
-        base + lane < count ? __expf(__ldg(lse + (base + lane) * stride) - maximum) : 0.0f;
-    const int end = min(32, count - base);
-    for (int j = 0; j < end; j += kSplitsInFlight) {
-      float4 x[kSplitsInFlight];
-#pragma unroll
-      for (int i = 0; i < kSplitsInFlight; ++i) {
-        if (j + i < end) x[i] = __ldcs(next);
-        next += stride * (kLatent / 4);
-      }
-#pragma unroll
-      for (int i = 0; i < kSplitsInFlight; ++i) {
-        const float w = __shfl_sync(~0u, weight, j + i);
-        // A piece that holds no token this row sees weighs nothing, whatever its result.
-        if (w == 0.0f) continue;
-        sum.x = fmaf(w, x[i].x, sum.x);
-        sum.y = fmaf(w, x[i].y, sum.y);
-        sum.z = fmaf(w, x[i].z, sum.z);
-        sum.w = fmaf(w, x[i].w, sum.w);
-      }
-    }
-  }
-  return sum;
-}
-
-// A unit of work is a chunk of a row of a cut request: for one warp where pieces are few, else for
-// a thread block, whose warps share the pieces.
 template <typename Element>
-__global__ void __launch_bounds__(kCombineThreads, 3)
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     combine_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ float4 shared_sum[kCombineWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int splits = __ldg(a.split_offsets + a.batch);
   if (splits == 0) return;
 
-  CutRequests requests{a.split_offsets, a.batch};
+  const CutRequests requests{a.split_offsets, a.batch};
   const int cut = requests.count(), rows = a.h_kv * a.rows;
-  const bool shared_by_warps = splits > kFewSplits * cut;
-  const int step = shared_by_warps ? kCombineWarps : 1;
-  const int workers = gridDim.x * (kCombineWarps / step);
-  for (int unit = (blockIdx.x * kCombineWarps + warp) / step; unit < cut * rows * kChunks;
-       unit += workers) {
-    const int request = requests.find(unit / (rows * kChunks));
-    const int kv_head = unit / kChunks % rows / a.rows, row = unit / kChunks % a.rows;
-    const int chunk = unit % kChunks;
-    const int first = __ldg(a.split_offsets + request),
-              n = __ldg(a.split_offsets + request + 1) - first;
-    const int64_t stride = static_cast<int64_t>(a.h_kv) * a.rows;
-    const float* lse = a.partial_lse + partial_row(a, first, kv_head, row);
+  const int64_t stride = rows;
+  const auto* partial_out = reinterpret_cast<const float4*>(a.partial_out) + lane;
+  const auto find = [&](int rank) { return cut == a.batch ? rank : requests.find(rank); };
 
-    float maximum = kNegativeInfinity, total = 0.0f;
-    for (int i = lane; i < n; i += 32) maximum = fmaxf(maximum, __ldg(lse + i * stride));
-    maximum = warp_max(maximum);
-    if (maximum == kNegativeInfinity) maximum = 0.0f;  // no piece holds a token this row sees
-    for (int i = lane; i < n; i += 32) total += __expf(__ldg(lse + i * stride) - maximum);
-    total = warp_sum(total);
-
-    const int own = shared_by_warps ? warp : 0;  // own, own + step, .. are this warp's pieces
-    const float* out = a.partial_out + partial_row(a, first + own, kv_head, row) * kLatent;
-    float4 sum = weighted_sum(out + chunk * kChunkColumns, lse + own * stride, stride * step,
-                              (n - own + step - 1) / step, maximum);
-    if (shared_by_warps) {
-      shared_sum[warp][lane] = sum;
-      __syncthreads();
-      if (warp == 0) {
-#pragma unroll
-        for (int w = 1; w < kCombineWarps; ++w) {
-          const float4 x = shared_sum[w][lane];
-          sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
-        }
-      }
-      __syncthreads();
-      if (warp > 0) continue;
+  if (splits <= kFewSplits * cut) {
+    // A warp merges a row. Neighbouring rows go to different thread blocks: few rows, many SMs.
+    for (int i = warp * gridDim.x + blockIdx.x; i < cut * rows; i += gridDim.x * kCombineWarps) {
+      const int request = find(i / rows), row = i % rows;
+      const int first = __ldg(a.split_offsets + request);
+      const int64_t source = first * stride + row;
+      Merge<kRowVectors> merge;
+      merge.add_splits(partial_out + source * (kLatent / 4), a.partial_lse + source, stride,
+                       __ldg(a.split_offsets + request + 1) - first);
+      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
+      merge.template store<Element>(static_cast<Element*>(a.out) + target * kLatent,
+                                    a.lse + target);
     }
-    const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
-    const int64_t target = output_row(a, request, kv_head, row);
-    reinterpret_cast<uint2*>(static_cast<Element*>(a.out) + target * kLatent +
-                             chunk * kChunkColumns)[lane] =
-        make_uint2(pack<Element>(sum.x * inverse, sum.y * inverse),
-                   pack<Element>(sum.z * inverse, sum.w * inverse));
-    if (lane == 0 && chunk == 0)
-      a.lse[target] = total > 0.0f ? maximum + logf(total) : kNegativeInfinity;
+    return;
+  }
+
+  // A thread block merges 128 columns of a row, each warp every eighth piece.
+  __shared__ float4 shared_out[kCombineWarps][32];
+  __shared__ float shared_max[kCombineWarps], shared_sum[kCombineWarps];
+  for (int i = blockIdx.x; i < cut * rows * kRowVectors; i += gridDim.x) {
+    const int request = find(i / kRowVectors / rows), row = i / kRowVectors % rows;
+    const int chunk = i % kRowVectors;
+    const int first = __ldg(a.split_offsets + request),
+              count = __ldg(a.split_offsets + request + 1) - first;
+    const int64_t source = (first + warp) * stride + row;
+    Merge<1> merge;
+    merge.add_splits(partial_out + source * (kLatent / 4) + 32 * chunk, a.partial_lse + source,
+                     kCombineWarps * stride, (count - warp + kCombineWarps - 1) / kCombineWarps);
+    shared_out[warp][lane] = merge.out[0];
+    if (lane == 0) shared_max[warp] = merge.maximum, shared_sum[warp] = merge.sum;
+    __syncthreads();
+    if (warp == 0) {
+      for (int w = 1; w < kCombineWarps; ++w) {
+        if (shared_max[w] == kNegativeInfinity) continue;
+        const float4 x[1] = {shared_out[w][lane]};
+        merge.scale(fmaxf(merge.maximum, shared_max[w]));
+        merge.add(x, shared_max[w], shared_sum[w]);
+      }
+      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
+      merge.template store<Element>(
+          static_cast<Element*>(a.out) + target * kLatent + 128 * chunk, a.lse + target);
+    }
+    __syncthreads();
   }
 }
 

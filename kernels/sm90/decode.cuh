@@ -1,13 +1,17 @@
 // Split-KV decode: one thread block per (64-row tile, KV head, part), persistent over the part's
 // work items.
 //
-//   producer    warp 0 streams pages into a two-stage ring (TMA) that carries on across work items;
-//               warps 1-3 load the valid rows of Q (cp.async) as soon as the previous item has read
+//   producer    warp 0 streams the left half of each page's latent columns and its rope columns,
+//               warp 1 the right half (TMA), through rings that carry on across work items;
+//               warps 2-3 load the valid rows of Q (cp.async) as soon as the previous item has read
 //               its own
 //   left        S = Q K^T, softmax, P to registers and shared memory, O[:, :256] += P V
-//   right       O[:, 256:] += P V with P from shared memory
+//   right       O[:, 256:] += P V with P from shared memory, while the left side is at the next
+//               page's softmax: so the tensor cores have work then
 //
-// P of a page takes the place of that page's rope columns, which nobody reads after S.
+// That takes a third buffer for right halves; its room are three column tiles of Q that the left
+// side keeps in registers. P of a page takes the place of its rope columns, which nobody reads
+// after S.
 #pragma once
 
 #include "sm90/decode_params.cuh"
@@ -19,43 +23,48 @@
 
 namespace flashmla {
 
-constexpr int kStages = 2;
 constexpr int kThreads = 384;
+constexpr int kLeftStages = 2;
+constexpr int kRightStages = 3;
+constexpr int kHalfTiles = 4;      // column tiles of half a latent
 constexpr int kRopeTile = kTiles - 1;
-constexpr int kHalfTiles = 4;  // column tiles of half a latent
+constexpr int kRegisterTiles = 3;  // of Q: the last latent ones
+constexpr int kFirstRegisterTile = kRopeTile - kRegisterTiles;
 constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = 224;  // with the producer 504 = 3 x 168, the launch allocation
-
-// A page arrives in groups of column tiles, so that S starts before the page is complete.
-constexpr int kGroups = 4;
-__device__ constexpr int group_begin(int group) { return group == kGroups ? kTiles : 2 * group; }
+constexpr int kLeftRegisters = 248;
+constexpr int kRightRegisters = 200;
+static_assert(kProducerRegisters + kLeftRegisters + kRightRegisters == 3 * 168, "as launched");
 
 using Tile = uint8_t[ptx::kTileBytes];
 
 struct DecodeShared {
-  alignas(1024) Tile q[kTiles];
-  alignas(1024) Tile kv[kStages][kTiles];  // kv[.][kRopeTile] becomes P
-  float rescale[kStages][kTileRows];       // factor of O before this page's P V
-  bool must_rescale[kStages][4];           // by warp
-  float inverse_sum[kStages][kTileRows];
+  alignas(1024) Tile q[kTiles - kRegisterTiles];  // the last one is rope
+  alignas(1024) Tile left[kLeftStages][kHalfTiles];
+  alignas(1024) Tile right[kRightStages][kHalfTiles];
+  alignas(1024) Tile rope[kLeftStages];   // becomes P
+  float rescale[kLeftStages][kTileRows];  // factor of O before this page's P V
+  float inverse_sum[kLeftStages][kTileRows];
+  bool must_rescale[kLeftStages][4];  // by warp
   ptx::Mbarrier q_full, q_empty;
-  ptx::Mbarrier kv_full[kStages][kGroups];
-  ptx::Mbarrier left_empty[kStages];  // tiles 0 .. 3, released by the left warpgroup
-  ptx::Mbarrier
-      right_empty[kStages];  // tiles 4 .. 8, released by the right one: by then S is long done
+  // Each half of a page arrives in two pairs of tiles, so that S starts before it is complete.
+  ptx::Mbarrier left_full[kLeftStages][2], left_empty[kLeftStages];
+  ptx::Mbarrier right_full[kRightStages][2], right_empty[kRightStages];
+  ptx::Mbarrier rope_full[kLeftStages], rope_empty[kLeftStages];
+  ptx::Mbarrier p_full[kLeftStages];
 };
 static_assert(sizeof(DecodeShared) + 1024 <= 232448, "shared memory of an SM");
 
-// Named barriers; 0 is __syncthreads. The first exists once per stage: the right warpgroup frees
-// P's place only after its own wait, so the left one is never a full round ahead.
-enum Barrier : int { kProbabilitiesReady = 1, kLeftGroup = 1 + kStages };
+enum Barrier : int { kLeftGroup = 1, kRightGroup };  // named barriers; 0 is __syncthreads
 
-struct RingPosition {
+template <int kStages>
+struct Ring {
   int stage = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
-    stage ^= 1;
-    parity ^= (stage == 0);
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
 };
 
@@ -68,66 +77,96 @@ struct Item {
 
 // --- producer ---
 
-__device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
-                                             int kv_head, int first, int last) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t group_bytes =
-      (lane == kGroups - 1 ? kTiles - group_begin(kGroups - 1) : 2) * ptx::kTileBytes;
-  RingPosition ring;
+// Calls load(page id, first row in the page) for every page of the items; a warp together.
+template <typename Load>
+__device__ __forceinline__ void for_each_page(const DecodeArguments& a, int first, int last,
+                                              Load load) {
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     const int32_t* table = a.block_table + item.request * a.block_table_stride;
     for (int base = item.page_begin; base < item.page_end; base += 32) {
       // Every lane looks up one page, so that table reads are a thirty-second of the waits.
-      const int own = base + lane;
+      const int own = base + threadIdx.x % 32;
       const int page_id = own < item.page_end ? __ldg(table + own / a.tiles_per_page) : 0;
       const int count = min(32, item.page_end - base);
       for (int j = 0; j < count; ++j) {
-        const int page = __shfl_sync(~0u, page_id, j);
-        const int row = (base + j) % a.tiles_per_page * kTileTokens;
-        const int stage = ring.stage;
-        ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
-        if (lane < 2) ptx::mbarrier_arrive_expect_tx(&shared.kv_full[stage][lane], group_bytes);
-        __syncwarp();
-        if (lane < kHalfTiles) {
-          ptx::tma_load_5d(shared.kv[stage][lane], &a.kv_map, &shared.kv_full[stage][lane / 2], 0,
-                           row, lane, kv_head, page, ptx::kEvictFirst);
-        }
-        ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
-        if (lane >= 2 && lane < kGroups)
-          ptx::mbarrier_arrive_expect_tx(&shared.kv_full[stage][lane], group_bytes);
-        __syncwarp();
-        if (lane >= kHalfTiles && lane < kTiles) {
-          const int group = min(lane / 2, kGroups - 1);
-          ptx::tma_load_5d(shared.kv[stage][lane], &a.kv_map, &shared.kv_full[stage][group], 0, row,
-                           lane, kv_head, page, ptx::kEvictFirst);
-        }
-        ring.advance();
+        load(__shfl_sync(~0u, page_id, j), (base + j) % a.tiles_per_page * kTileTokens);
       }
     }
   }
 }
 
-// Three warps; 72 of their threads own one 16-byte column each.
+__device__ __forceinline__ void load_tile(const DecodeArguments& a, void* destination,
+                                          ptx::Mbarrier* barrier, int kv_head, int page, int row,
+                                          int tile) {
+  ptx::tma_load_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page, ptx::kEvictFirst);
+}
+
+__device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
+                                            int kv_head, int first, int last) {
+  const int lane = threadIdx.x % 32;
+  Ring<kLeftStages> ring;
+  for_each_page(a, first, last, [&](int page, int row) {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
+    if (lane < 2)
+      ptx::mbarrier_arrive_expect_tx(&shared.left_full[stage][lane], 2 * ptx::kTileBytes);
+    __syncwarp();
+    if (lane < kHalfTiles)
+      load_tile(a, shared.left[stage][lane], &shared.left_full[stage][lane / 2], kv_head, page, row,
+                lane);
+    ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(&shared.rope_full[stage], ptx::kTileBytes);
+      load_tile(a, shared.rope[stage], &shared.rope_full[stage], kv_head, page, row, kRopeTile);
+    }
+    ring.advance();
+  });
+}
+
+__device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
+                                             int kv_head, int first, int last) {
+  const int lane = threadIdx.x % 32;
+  Ring<kRightStages> ring;
+  for_each_page(a, first, last, [&](int page, int row) {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
+    if (lane < 2)
+      ptx::mbarrier_arrive_expect_tx(&shared.right_full[stage][lane], 2 * ptx::kTileBytes);
+    __syncwarp();
+    if (lane < kHalfTiles)
+      load_tile(a, shared.right[stage][lane], &shared.right_full[stage][lane / 2], kv_head, page,
+                row, kHalfTiles + lane);
+    ring.advance();
+  });
+}
+
+// Q of row `row` of this KV head.
+__device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a, int request,
+                                                     int kv_head, int row) {
+  return static_cast<const uint16_t*>(a.q) + request * a.q_batch_stride +
+         row / a.group * a.q_token_stride + (kv_head * a.group + row % a.group) * a.q_head_stride;
+}
+
+// Two warps; 48 of their threads own one 16-byte column of the tiles in shared memory each.
 __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
                                                int row_begin, int kv_head, int first, int last) {
-  constexpr int kChunks = kWidth / 8;
-  const int thread = threadIdx.x % 128 - 32;
-  const int tile = thread / 8, chunk = thread % 8;
+  const int thread = threadIdx.x % 128 - 64;
+  const int slot = thread / 8, chunk = thread % 8;
+  const int tile = slot == kFirstRegisterTile ? kRopeTile : slot;
   const int rows = min(kTileRows, a.rows - row_begin);
   uint32_t parity = 0;
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) continue;
     ptx::mbarrier_wait(&shared.q_empty, parity ^ 1);
-    if (thread < kChunks) {
+    if (slot < kTiles - kRegisterTiles) {
       int head = row_begin % a.group;
-      const auto* q = static_cast<const uint16_t*>(a.q) + item.request * a.q_batch_stride +
-                      row_begin / a.group * a.q_token_stride +
-                      (kv_head * a.group + head) * a.q_head_stride + thread * 8;
+      const uint16_t* q =
+          query_row(a, item.request, kv_head, row_begin) + tile * 64 + chunk * 8;
       const int64_t next_token = a.q_token_stride - (a.group - 1) * a.q_head_stride;
       for (int r = 0; r < rows; ++r) {
-        ptx::copy_async_16(shared.q[tile] + r * 128 + ((chunk ^ (r % 8)) * 16), q);
+        ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16), q);
         const bool wraps = ++head == a.group;
         if (wraps) head = 0;
         q += wraps ? next_token : a.q_head_stride;
@@ -210,24 +249,65 @@ __device__ __forceinline__ void store_empty(const DecodeArguments& a, const Item
     a.lse[output_row(a, item.request, kv_head, row_begin + thread)] = kNegativeInfinity;
 }
 
-// S [64, 64] = Q K^T of one page, group by group as its tiles arrive.
-template <typename Element>
-__device__ __forceinline__ void start_scores(DecodeShared& shared, const RingPosition& ring,
-                                             float (&scores)[32]) {
-  const uint64_t q = ptx::matrix_descriptor(shared.q, 0);
-  const uint64_t k = ptx::matrix_descriptor(shared.kv[ring.stage], 0);
-  ptx::pin_registers(scores);
+// Tiles of Q as A operands of wgmma: 16 columns each of this thread's two rows.
+using QueryRegisters = uint32_t[kRegisterTiles][4][4];
+
+__device__ __forceinline__ void load_query_registers(const DecodeArguments& a, int request,
+                                                     int kv_head, int row_begin,
+                                                     QueryRegisters& q) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    ptx::mbarrier_wait(&shared.kv_full[ring.stage][group], ring.parity);
-    ptx::wgmma_fence();
+  for (int r = 0; r < 2; ++r) {
+    const int row = row_begin + accumulator_row(r);
+    const auto* source = reinterpret_cast<const uint32_t*>(
+                             query_row(a, request, kv_head, min(row, a.rows - 1))) +
+                         kFirstRegisterTile * 32 + threadIdx.x % 4;
 #pragma unroll
-    for (int tile = group_begin(group); tile < group_begin(group + 1); ++tile) {
+    for (int tile = 0; tile < kRegisterTiles; ++tile) {
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        const uint64_t offset = tile * ptx::kNextTile + step * ptx::kNextColumns16;
-        ptx::mma<typename ptx::Wgmma<Element>::Scores>(q + offset, k + offset, scores,
-                                                       tile + step > 0);
+        q[tile][step][r] = __ldg(source + tile * 32 + step * 8);
+        q[tile][step][r + 2] = __ldg(source + tile * 32 + step * 8 + 4);
+      }
+    }
+  }
+}
+
+// S [64, 64] = Q K^T of one page, a pair of tiles after the other as they arrive.
+template <typename Element>
+__device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kLeftStages>& left,
+                                             const Ring<kRightStages>& right,
+                                             const QueryRegisters& q_registers,
+                                             float (&scores)[32]) {
+  using FromShared = typename ptx::Wgmma<Element>::Scores;
+  using FromRegisters = typename ptx::Wgmma<Element>::ScoresFromRegisters;
+  const uint64_t q = ptx::matrix_descriptor(shared.q, 0);
+  const uint64_t left_k = ptx::matrix_descriptor(shared.left[left.stage], 0);
+  const uint64_t right_k = ptx::matrix_descriptor(shared.right[right.stage], 0);
+  const uint64_t rope_k = ptx::matrix_descriptor(shared.rope[left.stage], 0);
+  ptx::pin_registers(scores);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    if (tile == kRopeTile) {
+      ptx::mbarrier_wait(&shared.rope_full[left.stage], left.parity);
+    } else if (tile >= kHalfTiles && tile % 2 == 0) {
+      ptx::mbarrier_wait(&shared.right_full[right.stage][(tile - kHalfTiles) / 2], right.parity);
+    } else if (tile % 2 == 0) {
+      ptx::mbarrier_wait(&shared.left_full[left.stage][tile / 2], left.parity);
+    }
+    if (tile % 2 == 0) ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const uint64_t k = tile == kRopeTile    ? rope_k
+                         : tile >= kHalfTiles ? right_k + (tile - kHalfTiles) * ptx::kNextTile
+                                              : left_k + tile * ptx::kNextTile;
+      const uint64_t columns = step * ptx::kNextColumns16;
+      if (tile >= kFirstRegisterTile && tile < kRopeTile) {
+        ptx::mma<FromRegisters>(q_registers[tile - kFirstRegisterTile][step], k + columns, scores,
+                                true);
+      } else {
+        const int slot = tile == kRopeTile ? kFirstRegisterTile : tile;
+        ptx::mma<FromShared>(q + slot * ptx::kNextTile + columns, k + columns, scores,
+                             tile + step > 0);
       }
     }
   }
@@ -259,15 +339,26 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
   ptx::fence_async_proxy();
 }
 
+// After this thread's warp has written P and the factors of a page: the right side may use them.
+__device__ __forceinline__ void hand_over(ptx::Mbarrier* p_full) {
+  ptx::fence_async_proxy();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(p_full);
+}
+
 template <typename Element>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  RingPosition ring;
+  Ring<kLeftStages> ring;
+  Ring<kRightStages> right_ring;
   uint32_t q_parity = 0;
   float o[128];
   float scores[32];
   uint32_t p[4][4];
+  QueryRegisters q_registers;
+  if (first < last)
+    load_query_registers(a, Item(__ldg(a.items + first)).request, kv_head, row_begin, q_registers);
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) {
@@ -285,13 +376,21 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
     ptx::mbarrier_wait(&shared.q_full, q_parity);
     q_parity ^= 1;
-    start_scores<Element>(shared, ring, scores);
+    start_scores<Element>(shared, ring, right_ring, q_registers, scores);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     for (int page = item.page_begin; page < item.page_end; ++page) {
       const int stage = ring.stage;
       const bool final = page + 1 == item.page_end;
-      if (final && lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
+      // The right side takes up the previous page now that S no longer needs the tensor cores.
+      if (page > item.page_begin) hand_over(&shared.p_full[stage ^ 1]);
+      if (final) {
+        if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
+        // Costliest items come first: after this one no empty one precedes another with pages.
+        if (i + 1 < last)
+          load_query_registers(a, Item(__ldg(a.items + i + 1)).request, kv_head, row_begin,
+                               q_registers);
+      }
       // A warp's wait speaks for its own part of S: P may overwrite the rope tile when all have
       // read it.
       ptx::named_barrier_sync(kLeftGroup, 128);
@@ -302,23 +401,22 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (must_rescale && page > item.page_begin) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
       if (valid_rows < kTileTokens) {
-        zero_tail(shared.kv[stage], valid_rows);
+        zero_tail(shared.left[stage], valid_rows);
         ptx::named_barrier_sync(kLeftGroup, 128);
       }
 
       // Each k step of P V starts while the next one's exponentials are computed.
-      const uint64_t v = ptx::matrix_descriptor(shared.kv[stage], ptx::kTileBytes);
+      const uint64_t v = ptx::matrix_descriptor(shared.left[stage], ptx::kTileBytes);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         softmax.exponentiate<Element>(scores, k, a.scale_log2, p[k]);
         ptx::wgmma_fence();
         ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(
             p[k], v + k * ptx::kNextRows16, o, k > 0 || page > item.page_begin);
-        store_probabilities(shared.kv[stage][kRopeTile], k, p[k]);
+        store_probabilities(shared.rope[stage], k, p[k]);
       }
       ptx::wgmma_commit();
 
-      // P and the factors go to the right side.
       if (final) softmax.finish();
       if (lane % 4 == 0) {
 #pragma unroll
@@ -328,16 +426,16 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         }
       }
       if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
-      ptx::fence_async_proxy();
-      ptx::named_barrier_arrive(kProbabilitiesReady + stage, 256);
+      if (final) hand_over(&shared.p_full[stage]);
 
       ring.advance();
+      right_ring.advance();
       // Freed before S of the next page is issued: the refill takes longer than anything else.
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
       if (final) break;
-      start_scores<Element>(shared, ring, scores);
+      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
     }
@@ -360,21 +458,12 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   }
 }
 
-// Not for the left half's groups: the left side may already have had them refilled, and a barrier
-// that is two phases ahead looks like one that never completed.
-__device__ __forceinline__ void wait_for_right_half(DecodeShared& shared,
-                                                    const RingPosition& ring) {
-#pragma unroll
-  for (int group = kHalfTiles / 2; group < kGroups; ++group) {
-    ptx::mbarrier_wait(&shared.kv_full[ring.stage][group], ring.parity);
-  }
-}
-
 template <typename Element>
 __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared& shared,
                                           int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  RingPosition ring;
+  Ring<kRightStages> ring;
+  Ring<kLeftStages> p_ring;
   float o[128];
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
@@ -385,20 +474,25 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     const int length = __ldg(a.seq_lens + item.request);
     float inverse_sum[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
-      wait_for_right_half(shared, ring);
+      for (int pair = 0; pair < 2; ++pair) {
+        ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
+      }
       const int valid_rows = length - page * kTileTokens;
-      if (valid_rows < kTileTokens) zero_tail(&shared.kv[ring.stage][kHalfTiles], valid_rows);
-      ptx::named_barrier_sync(kProbabilitiesReady + ring.stage, 256);
-      if (page > item.page_begin && shared.must_rescale[ring.stage][warp]) {
-        const float factor[2] = {shared.rescale[ring.stage][accumulator_row(0)],
-                                 shared.rescale[ring.stage][accumulator_row(1)]};
+      if (valid_rows < kTileTokens) {
+        zero_tail(shared.right[ring.stage], valid_rows);
+        ptx::named_barrier_sync(kRightGroup, 128);
+      }
+      ptx::mbarrier_wait(&shared.p_full[p_ring.stage], p_ring.parity);
+      if (page > item.page_begin && shared.must_rescale[p_ring.stage][warp]) {
+        const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
+                                 shared.rescale[p_ring.stage][accumulator_row(1)]};
         rescale_output(o, factor);
       }
       // Only the last page's is meant; it must be read before the stage is released.
-      inverse_sum[0] = shared.inverse_sum[ring.stage][accumulator_row(0)];
-      inverse_sum[1] = shared.inverse_sum[ring.stage][accumulator_row(1)];
-      uint64_t p = ptx::matrix_descriptor(shared.kv[ring.stage][kRopeTile], 0);
-      uint64_t v = ptx::matrix_descriptor(shared.kv[ring.stage][kHalfTiles], ptx::kTileBytes);
+      inverse_sum[0] = shared.inverse_sum[p_ring.stage][accumulator_row(0)];
+      inverse_sum[1] = shared.inverse_sum[p_ring.stage][accumulator_row(1)];
+      uint64_t p = ptx::matrix_descriptor(shared.rope[p_ring.stage], 0);
+      uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
       ptx::pin_registers(o);
       ptx::wgmma_fence();
 #pragma unroll
@@ -410,8 +504,12 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      if (lane == 0) ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
+      if (lane == 0) {
+        ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
+        ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
+      }
       ring.advance();
+      p_ring.advance();
     }
     store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, inverse_sum);
   }
@@ -431,13 +529,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
-    ptx::mbarrier_init(&shared.q_full, 96);
+    ptx::mbarrier_init(&shared.q_full, 64);
     ptx::mbarrier_init(&shared.q_empty, 4);
-    for (int stage = 0; stage < kStages; ++stage) {
-      for (int group = 0; group < kGroups; ++group) {
-        ptx::mbarrier_init(&shared.kv_full[stage][group], 1);
-      }
+    for (int stage = 0; stage < kLeftStages; ++stage) {
+      for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.left_full[stage][pair], 1);
       ptx::mbarrier_init(&shared.left_empty[stage], 4);
+      ptx::mbarrier_init(&shared.rope_full[stage], 1);
+      ptx::mbarrier_init(&shared.rope_empty[stage], 4);
+      ptx::mbarrier_init(&shared.p_full[stage], 4);
+    }
+    for (int stage = 0; stage < kRightStages; ++stage) {
+      for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
       ptx::mbarrier_init(&shared.right_empty[stage], 4);
     }
     ptx::mbarrier_init_fence();
@@ -451,15 +553,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     ptx::register_decrease<kProducerRegisters>();
     if (threadIdx.x < 32) {
-      stream_pages(a, shared, kv_head, first, last);
+      stream_left(a, shared, kv_head, first, last);
+    } else if (threadIdx.x < 64) {
+      stream_right(a, shared, kv_head, first, last);
     } else {
       stream_queries(a, shared, row_begin, kv_head, first, last);
     }
   } else if (warpgroup == 1) {
-    ptx::register_increase<kConsumerRegisters>();
+    ptx::register_increase<kLeftRegisters>();
     run_left<Element>(a, shared, row_begin, kv_head, first, last);
   } else {
-    ptx::register_increase<kConsumerRegisters>();
+    ptx::register_increase<kRightRegisters>();
     run_right<Element>(a, shared, row_begin, kv_head, first, last);
   }
 }

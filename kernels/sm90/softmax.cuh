@@ -32,6 +32,13 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 2^x; numbers too small for a normal float become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -76,7 +83,7 @@ struct OnlineSoftmax {
       const float next = must_rescale ? fmaxf(maximum[r], largest[r]) : maximum[r];
       // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
       anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
-      rescale[r] = exp2f(maximum[r] * scale_log2 - anchor[r]);
+      rescale[r] = exp2_fast(maximum[r] * scale_log2 - anchor[r]);
       maximum[r] = next;
       sum[r] *= rescale[r];
     }
@@ -90,8 +97,8 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = 8 * k + 2 * j, r = j & 1;
-      const float low = exp2f(fmaf(scores[i], scale_log2, -anchor[r]));
-      const float high = exp2f(fmaf(scores[i + 1], scale_log2, -anchor[r]));
+      const float low = exp2_fast(fmaf(scores[i], scale_log2, -anchor[r]));
+      const float high = exp2_fast(fmaf(scores[i + 1], scale_log2, -anchor[r]));
       sum[r] += low + high;
       probabilities[j] = pack<Element>(low, high);
     }
