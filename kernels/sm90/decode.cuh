@@ -339,9 +339,8 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
   ptx::fence_async_proxy();
 }
 
-// After this thread's warp has written P and the factors of a page: the right side may use them.
+// P and the factors of a page, written by this warp and fenced, are the right side's from now on.
 __device__ __forceinline__ void hand_over(ptx::Mbarrier* p_full) {
-  ptx::fence_async_proxy();
   __syncwarp();
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(p_full);
 }
@@ -417,15 +416,19 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       }
       ptx::wgmma_commit();
 
-      if (final) softmax.finish();
-      if (lane % 4 == 0) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          shared.rescale[stage][accumulator_row(r)] = rescale[r];
-          if (final) shared.inverse_sum[stage][accumulator_row(r)] = softmax.inverse_sum(r);
+      if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
+      if (must_rescale && lane % 4 == 0) {
+        shared.rescale[stage][accumulator_row(0)] = rescale[0];
+        shared.rescale[stage][accumulator_row(1)] = rescale[1];
+      }
+      if (final) {
+        softmax.finish();
+        if (lane % 4 == 0) {
+          shared.inverse_sum[stage][accumulator_row(0)] = softmax.inverse_sum(0);
+          shared.inverse_sum[stage][accumulator_row(1)] = softmax.inverse_sum(1);
         }
       }
-      if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
+      ptx::fence_async_proxy();
       if (final) hand_over(&shared.p_full[stage]);
 
       ring.advance();
@@ -488,9 +491,6 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
                                  shared.rescale[p_ring.stage][accumulator_row(1)]};
         rescale_output(o, factor);
       }
-      // Only the last page's is meant; it must be read before the stage is released.
-      inverse_sum[0] = shared.inverse_sum[p_ring.stage][accumulator_row(0)];
-      inverse_sum[1] = shared.inverse_sum[p_ring.stage][accumulator_row(1)];
       uint64_t p = ptx::matrix_descriptor(shared.rope[p_ring.stage], 0);
       uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
       ptx::pin_registers(o);
@@ -502,6 +502,10 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
                                                                  k > 0 || page > item.page_begin);
       }
       ptx::wgmma_commit();
+      if (page + 1 == item.page_end) {  // before the stage is released
+        inverse_sum[0] = shared.inverse_sum[p_ring.stage][accumulator_row(0)];
+        inverse_sum[1] = shared.inverse_sum[p_ring.stage][accumulator_row(1)];
+      }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) {
