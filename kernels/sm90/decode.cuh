@@ -186,6 +186,20 @@ __device__ __forceinline__ int accumulator_row(int r) {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
 }
 
+// Word j of thread i goes to word i of thread j, among the four threads of a quad.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; step <<= 1) {
+    const bool high = threadIdx.x & step;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      const uint32_t received = __shfl_xor_sync(~0u, high ? v[j] : v[j + step], step);
+      (high ? v[j] : v[j + step]) = received;
+    }
+  }
+}
+
 // O [64, 256] of this warpgroup, columns from `column`, to the output or to the partial results.
 template <typename Element>
 __device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
@@ -218,17 +232,7 @@ __device__ __forceinline__ void store_output(const DecodeArguments& a, const Ite
         const int i = 4 * (n + j) + 2 * r;
         v[j] = pack<Element>(o[i] * inverse_sum[r], o[i + 1] * inverse_sum[r]);
       }
-      // Transpose 4 x 4 words over the quad: each thread then owns 16 contiguous bytes.
-#pragma unroll
-      for (int step = 1; step <= 2; step <<= 1) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (j & step) continue;
-          const bool high = quad & step;
-          const uint32_t received = __shfl_xor_sync(~0u, high ? v[j] : v[j + step], step);
-          (high ? v[j] : v[j + step]) = received;
-        }
-      }
+      transpose_quad(v);  // each thread then owns 16 contiguous bytes
       if (valid) *reinterpret_cast<uint4*>(out + 8 * n) = make_uint4(v[0], v[1], v[2], v[3]);
     }
   }
@@ -252,23 +256,35 @@ __device__ __forceinline__ void store_empty(const DecodeArguments& a, const Item
 // Tiles of Q as A operands of wgmma: 16 columns each of this thread's two rows.
 using QueryRegisters = uint32_t[kRegisterTiles][4][4];
 
+// Each thread loads whole 16-byte vectors, every fourth of its two rows; see arrange.
 __device__ __forceinline__ void load_query_registers(const DecodeArguments& a, int request,
                                                      int kv_head, int row_begin,
                                                      QueryRegisters& q) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = row_begin + accumulator_row(r);
-    const auto* source = reinterpret_cast<const uint32_t*>(
-                             query_row(a, request, kv_head, min(row, a.rows - 1))) +
-                         kFirstRegisterTile * 32 + threadIdx.x % 4;
+    const int row = min(row_begin + accumulator_row(r), a.rows - 1);
+    const auto* source = reinterpret_cast<const uint4*>(query_row(a, request, kv_head, row)) +
+                         kFirstRegisterTile * 8 + threadIdx.x % 4;
 #pragma unroll
-    for (int tile = 0; tile < kRegisterTiles; ++tile) {
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        q[tile][step][r] = __ldg(source + tile * 32 + step * 8);
-        q[tile][step][r + 2] = __ldg(source + tile * 32 + step * 8 + 4);
-      }
+    for (int i = 0; i < 2 * kRegisterTiles; ++i) {
+      const uint4 v = __ldg(source + 4 * i);
+      uint32_t(&vector)[4] = q[i / 2][i % 2 * 2 + r];
+      vector[0] = v.x, vector[1] = v.y, vector[2] = v.z, vector[3] = v.w;
     }
+  }
+}
+
+// Gives each thread of a quad the columns that wgmma wants from it: word `lane % 4` of each vector.
+__device__ __forceinline__ void arrange_query_registers(QueryRegisters& q) {
+#pragma unroll
+  for (int i = 0; i < 2 * kRegisterTiles; ++i) {
+    uint32_t(&x)[4] = q[i / 2][i % 2 * 2];
+    uint32_t(&y)[4] = q[i / 2][i % 2 * 2 + 1];
+    transpose_quad(x);
+    transpose_quad(y);
+    const uint32_t even[4] = {x[0], y[0], x[1], y[1]}, odd[4] = {x[2], y[2], x[3], y[3]};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = even[j], y[j] = odd[j];
   }
 }
 
@@ -373,6 +389,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
 
+    arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
     q_parity ^= 1;
     start_scores<Element>(shared, ring, right_ring, q_registers, scores);
