@@ -211,13 +211,24 @@ __device__ __forceinline__ void store_output(const DecodeArguments& a, const Ite
     const int row = row_begin + accumulator_row(r);
     const bool valid = row < a.rows;
     if (item.split >= 0) {
-      if (!valid) continue;
-      float* out =
-          a.partial_out + partial_row(a, item.split, kv_head, row) * kLatent + column + 2 * quad;
+      // Neighbours exchange pairs of columns: each thread then owns 16 contiguous bytes.
+      const bool odd = quad & 1;
+      float* out = a.partial_out +
+                   (valid ? partial_row(a, item.split, kv_head, row) : 0) * kLatent + column +
+                   (odd ? 8 : 0) + 4 * (quad / 2);
 #pragma unroll
-      for (int n = 0; n < 32; ++n) {
-        *reinterpret_cast<float2*>(out + 8 * n) =
-            make_float2(o[4 * n + 2 * r] * inverse_sum[r], o[4 * n + 2 * r + 1] * inverse_sum[r]);
+      for (int n = 0; n < 32; n += 2) {
+        // Columns 8 n + 2 quad + {0, 1}, and eight further on.
+        const float here[2] = {o[4 * n + 2 * r], o[4 * n + 2 * r + 1]};
+        const float there[2] = {o[4 * n + 2 * r + 4], o[4 * n + 2 * r + 5]};
+        const float got[2] = {__shfl_xor_sync(~0u, odd ? here[0] : there[0], 1) * inverse_sum[r],
+                              __shfl_xor_sync(~0u, odd ? here[1] : there[1], 1) * inverse_sum[r]};
+        const float own[2] = {(odd ? there[0] : here[0]) * inverse_sum[r],
+                              (odd ? there[1] : here[1]) * inverse_sum[r]};
+        if (valid)
+          *reinterpret_cast<float4*>(out + 8 * n) = odd
+                                                        ? make_float4(got[0], got[1], own[0], own[1])
+                                                        : make_float4(own[0], own[1], got[0], got[1]);
       }
       continue;
     }
