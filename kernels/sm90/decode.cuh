@@ -200,51 +200,87 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
+__device__ __forceinline__ void pin_words(uint32_t (&v)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(v[i / 4][i % 4]));
+}
+
+// One row of O, 256 columns from `column` on: this thread's o[4 n + 2 r + {0, 1}] are columns
+// 8 n + 2 (lane % 4) + {0, 1}. All values of a batch are ready before its first store, or each
+// store would wait for the registers of the one before.
+template <typename Element>
+__device__ __forceinline__ void store_row(Element* out, bool valid, int r, const float (&o)[128],
+                                          float inverse_sum) {
+  const int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int batch = 0; batch < 32; batch += 16) {
+    uint32_t v[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int x = 4 * (batch + 4 * i + j) + 2 * r;
+        v[i][j] = pack<Element>(o[x] * inverse_sum, o[x + 1] * inverse_sum);
+      }
+      transpose_quad(v[i]);  // each thread then owns 16 contiguous bytes
+    }
+    pin_words(v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (valid)
+        *reinterpret_cast<uint4*>(out + 8 * (batch + 4 * i + quad)) =
+            make_uint4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    }
+  }
+}
+
+template <>
+__device__ __forceinline__ void store_row(float* out, bool valid, int r, const float (&o)[128],
+                                          float inverse_sum) {
+  const int quad = threadIdx.x % 4;
+  const bool odd = quad & 1;
+#pragma unroll
+  for (int batch = 0; batch < 32; batch += 8) {
+    uint32_t v[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Neighbours exchange pairs of columns: each thread then owns 16 contiguous bytes.
+      const int x = 4 * (batch + 2 * i) + 2 * r;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float here = o[x + j], there = o[x + j + 4];
+        const float got = __shfl_xor_sync(~0u, odd ? here : there, 1) * inverse_sum;
+        const float own = (odd ? there : here) * inverse_sum;
+        v[i][j] = __float_as_uint(odd ? got : own);
+        v[i][j + 2] = __float_as_uint(odd ? own : got);
+      }
+    }
+    pin_words(v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (valid)
+        *reinterpret_cast<uint4*>(out + 8 * (batch + 2 * i + odd) + 4 * (quad / 2)) =
+            make_uint4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    }
+  }
+}
+
 // O [64, 256] of this warpgroup, columns from `column`, to the output or to the partial results.
 template <typename Element>
 __device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
                                              int kv_head, int row_begin, int column,
                                              const float (&o)[128], const float (&inverse_sum)[2]) {
-  const int quad = threadIdx.x % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = row_begin + accumulator_row(r);
-    const bool valid = row < a.rows;
+    const int row = min(row_begin + accumulator_row(r), a.rows - 1);
+    const bool valid = row_begin + accumulator_row(r) < a.rows;
     if (item.split >= 0) {
-      // Neighbours exchange pairs of columns: each thread then owns 16 contiguous bytes.
-      const bool odd = quad & 1;
-      float* out = a.partial_out +
-                   (valid ? partial_row(a, item.split, kv_head, row) : 0) * kLatent + column +
-                   (odd ? 8 : 0) + 4 * (quad / 2);
-#pragma unroll
-      for (int n = 0; n < 32; n += 2) {
-        // Columns 8 n + 2 quad + {0, 1}, and eight further on.
-        const float here[2] = {o[4 * n + 2 * r], o[4 * n + 2 * r + 1]};
-        const float there[2] = {o[4 * n + 2 * r + 4], o[4 * n + 2 * r + 5]};
-        const float got[2] = {__shfl_xor_sync(~0u, odd ? here[0] : there[0], 1) * inverse_sum[r],
-                              __shfl_xor_sync(~0u, odd ? here[1] : there[1], 1) * inverse_sum[r]};
-        const float own[2] = {(odd ? there[0] : here[0]) * inverse_sum[r],
-                              (odd ? there[1] : here[1]) * inverse_sum[r]};
-        if (valid)
-          *reinterpret_cast<float4*>(out + 8 * n) = odd
-                                                        ? make_float4(got[0], got[1], own[0], own[1])
-                                                        : make_float4(own[0], own[1], got[0], got[1]);
-      }
-      continue;
-    }
-    auto* out = static_cast<Element*>(a.out) +
-                (valid ? output_row(a, item.request, kv_head, row) : 0) * kLatent + column +
-                8 * quad;
-#pragma unroll
-    for (int n = 0; n < 32; n += 4) {
-      uint32_t v[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = 4 * (n + j) + 2 * r;
-        v[j] = pack<Element>(o[i] * inverse_sum[r], o[i + 1] * inverse_sum[r]);
-      }
-      transpose_quad(v);  // each thread then owns 16 contiguous bytes
-      if (valid) *reinterpret_cast<uint4*>(out + 8 * n) = make_uint4(v[0], v[1], v[2], v[3]);
+      store_row(a.partial_out + partial_row(a, item.split, kv_head, row) * kLatent + column, valid,
+                r, o, inverse_sum[r]);
+    } else {
+      store_row(static_cast<Element*>(a.out) +
+                    output_row(a, item.request, kv_head, row) * kLatent + column,
+                valid, r, o, inverse_sum[r]);
     }
   }
 }
