@@ -11,8 +11,8 @@ namespace flashmla {
 constexpr int kCombineWarps = 8;
 constexpr int kCombineThreads = 32 * kCombineWarps;
 constexpr int kCombineBlocksPerSm = 3;
-constexpr int kFewSplits = 8;    // up to here, on average, a row is for one warp
-constexpr int kRowVectors = 4;   // 16-byte vectors that a lane holds of a whole row ..
+constexpr int kFewSplits = 8;        // up to here, on average, a row is for one warp
+constexpr int kRowVectors = 4;       // 16-byte vectors that a lane holds of a whole row ..
 constexpr int kVectorsInFlight = 8;  // .. and how many of them it has on their way
 
 // A running sum of weighted partial results; a lane holds vectors `lane + 32 v` of its columns.
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
         merge.add(x, shared_max[w], shared_sum[w]);
       }
       const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
-      merge.template store<Element>(
-          static_cast<Element*>(a.out) + target * kLatent + 128 * chunk, a.lse + target);
+      merge.template store<Element>(static_cast<Element*>(a.out) + target * kLatent + 128 * chunk,
+                                    a.lse + target);
     }
     __syncthreads();
   }
