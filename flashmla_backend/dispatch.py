@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Literal
 
 import torch
@@ -74,6 +75,9 @@ def check_page_size(page_size: int, device: torch.device) -> None:
 
 def default_num_sms(device: torch.device) -> int:
     """Thread blocks that run at once: the GPU's SMs, on the CPU torch's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.get_num_threads()
+    return sm_count(device) if device.type == "cuda" else torch.get_num_threads()
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -106,6 +106,7 @@ def probe_failure(index: int) -> str | None:
     return None
 
 
+@cache
 def load() -> ModuleType:
     """The compiled module.
 
