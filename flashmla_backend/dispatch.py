@@ -59,11 +59,7 @@ def why_no_kernels(capability: tuple[int, int]) -> str | None:
     """Why our kernels do not run on a GPU of this compute capability; None if they do."""
     if capability != (9, 0):
         return "ours run on 9.0 (Hopper) only"
-    if reason := native.unavailable_reason():
-        return reason
-    if not native.build_info().has_decode_kernels:
-        return "this build was made without them"
-    return None
+    return native.unavailable_reason()
 
 
 def check_page_size(page_size: int, device: torch.device) -> None:

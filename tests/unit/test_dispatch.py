@@ -30,8 +30,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made-up GPU")
         monkeypatch.setattr(native, "unavailable_reason", lambda: None if kernels else "the module is not built")
-        info = native.BuildInfo("0.1.0", "13.0", "sm_90a", "4.2.0", "nvcc", has_decode_kernels=True)
-        monkeypatch.setattr(native, "build_info", lambda: info)
         find = importlib.util.find_spec
         found = importlib.machinery.ModuleSpec("flashinfer", None) if flashinfer else None
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "flashinfer" else find(name))
