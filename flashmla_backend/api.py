@@ -118,6 +118,8 @@ def plan_decode(
         return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, partial_out, partial_lse, **shape)
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
     ops.schedule_into(seq_lens, row_tiles, num_sms, reuse.items, reuse.part_offsets, reuse.split_offsets)
+    if reuse.seq_lens is seq_lens and reuse.block_table is block_table:
+        return reuse
     return replace(reuse, seq_lens=seq_lens, block_table=block_table)
 
 
@@ -131,11 +133,15 @@ def make_workspaces(path: str, part_offsets: torch.Tensor, rows: int, h_kv: int)
 def check_reusable(
     reuse: DecodePlan, seq_lens: torch.Tensor, row_tiles: int, num_sms: int, shape: dict[str, Any]
 ) -> None:
-    made_for = {"batch": reuse.batch, "parts": reuse.part_offsets.shape[0] - 1, "device": reuse.items.device}
-    made_for |= {name: getattr(reuse, name) for name in shape}
-    wanted = {"batch": seq_lens.shape[0], "parts": num_parts(num_sms, row_tiles), "device": seq_lens.device} | shape
+    parts = reuse.part_offsets.shape[0] - 1
+    made_for = [reuse.batch, parts, reuse.items.device, *(getattr(reuse, name) for name in shape)]
+    wanted = [seq_lens.shape[0], num_parts(num_sms, row_tiles), seq_lens.device, *shape.values()]
     if made_for != wanted:
-        raise InvalidArgument(f"reuse was made for {made_for}; accepted for this step: {wanted}")
+        names = ("batch", "parts", "device", *shape)
+        raise InvalidArgument(
+            f"reuse was made for {dict(zip(names, made_for, strict=True))}; accepted for this step: "
+            f"{dict(zip(names, wanted, strict=True))}"
+        )
 
 
 def mla_decode(
@@ -197,6 +203,11 @@ def check_query(q: torch.Tensor, plan: DecodePlan) -> None:
         raise InvalidArgument(f"q is {describe(q)}; accepted: {accepted}")
     if q.stride(3) != 1:
         raise InvalidArgument(f"q has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgument(
+            "q requires a gradient, and decoding has no backward; accepted: a call under torch.inference_mode() or "
+            "torch.no_grad(), or q.detach()"
+        )
 
 
 def check_softmax_scale(softmax_scale: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Literal
 
 import torch
@@ -58,11 +59,7 @@ def why_no_kernels(capability: tuple[int, int]) -> str | None:
     """Why our kernels do not run on a GPU of this compute capability; None if they do."""
     if capability != (9, 0):
         return "ours run on 9.0 (Hopper) only"
-    if reason := native.unavailable_reason():
-        return reason
-    if not native.build_info().has_decode_kernels:
-        return "this build was made without them"
-    return None
+    return native.unavailable_reason()
 
 
 def check_page_size(page_size: int, device: torch.device) -> None:
@@ -74,6 +71,9 @@ def check_page_size(page_size: int, device: torch.device) -> None:
 
 def default_num_sms(device: torch.device) -> int:
     """Thread blocks that run at once: the GPU's SMs, on the CPU torch's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.get_num_threads()
+    return sm_count(device) if device.type == "cuda" else torch.get_num_threads()
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

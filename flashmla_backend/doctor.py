@@ -172,11 +172,7 @@ def _native_module() -> Finding:
         remedy = "" if needed == "note" else REINSTALL
         return Finding("native module", f"not loaded: {native.unavailable_reason()}", needed, remedy)
     build = native.build_info()
-    built = f"{build.arch}, CUDA {build.cuda_version}, CUTLASS {build.cutlass_version}"
-    if build.has_decode_kernels:
-        return Finding("native module", f"{built}, decode kernels", "ok")
-    remedy = "" if needed == "note" else "serve on a CPU build of vLLM, or drop --attention-backend flashmla"
-    return Finding("native module", f"{built}, no decode kernels in this release", needed, remedy)
+    return Finding("native module", f"{build.arch}, CUDA {build.cuda_version}, CUTLASS {build.cutlass_version}", "ok")
 
 
 def _entry_points() -> Finding:

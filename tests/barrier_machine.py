@@ -60,7 +60,7 @@ class BarWait(NamedTuple):
 
 
 class Store(NamedTuple):
-    region: str
+    regions: tuple[str, ...]
     label: Label
 
 
@@ -215,9 +215,10 @@ class _Machine:
                     self._check_unread(state, region, f"copy of {label}")
                     state.memory[region] = ("loading", label[1])
                 state.copies |= {step}
-            case Store(region, label):
-                self._check_unread(state, region, f"{name}'s store of {label}")
-                state.memory[region] = label
+            case Store(regions, label):
+                for region in regions:
+                    self._check_unread(state, region, f"{name}'s store of {label}")
+                    state.memory[region] = label
             case Load(region, label):
                 self._check_reads(state, ((region, label),), f"{name}'s load")
             case Mma(reads):
@@ -312,9 +313,9 @@ class _Machine:
 
 def _regions(step: Any) -> tuple[str, ...]:
     match step:
-        case Copy():
+        case Copy() | Store():
             return step.regions
-        case Store() | Load():
+        case Load():
             return (step.region,)
         case Mma():
             return tuple(region for region, _ in step.reads)

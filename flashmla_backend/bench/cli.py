@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +46,7 @@ def kernels(
     from flashmla_backend.bench import report
     from flashmla_backend.bench.contenders import OURS
     from flashmla_backend.bench.problems import grid
+    from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.run import run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,8 +72,8 @@ def kernels(
     except FlashMLAError as error:
         err.print(f"[bold red]{error}", highlight=False)
         raise typer.Exit(2) from None
-    made = report.make(results, shlex.join(["flashmla", *sys.argv[1:]]), commit)
-    report.write(made, output)
+    made = report.make(results, ["flashmla", *sys.argv[1:]], commit)
+    write(made, output)
     present(made, output)
     if OURS in results.wrong():
         err.print("[bold red]our own answers are wrong: see the report's check")

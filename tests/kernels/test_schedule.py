@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ def check(lengths: list[int], row_tiles: int, num_sms: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_the_specification(seed: int) -> None:
+def test_equals_the_specification(seed: int, record_property: Callable[[str, object], None]) -> None:
     source = random.Random(seed)
+    record_property("cases", 25)
     for _ in range(25):
         row_tiles, num_sms = source.choice([1, 1, 2, 3, 4, 8, 16, 200]), source.choice([1, 2, 7, 78, 132, 132, 512])
         check(random_lengths(source), row_tiles, num_sms)
