@@ -176,7 +176,7 @@ def _native_module() -> Finding:
     if build.has_decode_kernels:
         return Finding("native module", f"{built}, decode kernels", "ok")
     remedy = "" if needed == "note" else "serve on a CPU build of vLLM, or drop --attention-backend flashmla"
-    return Finding("native module", f"{built}, no decode kernels in this release", needed, remedy)
+    return Finding("native module", f"{built}, built without decode kernels", needed, remedy)
 
 
 def _entry_points() -> Finding:
@@ -206,5 +206,7 @@ def _who_serves() -> tuple[Finding, str | None]:
         disabled = os.environ.get("FLASHMLA_BACKEND_DISABLE", "") not in ("", "0")
         remedy = "unset FLASHMLA_BACKEND_DISABLE" if disabled else "check VLLM_PLUGINS, and the lines above"
         return Finding(subject, f"{backend}: {why}", "missing", remedy), None
-    path = "CPU reference path" if vllm_runs_on_cpu() else f"{native.build_info().arch} kernels"
+    from .dispatch import NAMES  # brings torch
+
+    path = NAMES["cpu" if vllm_runs_on_cpu() else "sm90"]
     return Finding(subject, f"flashmla_backend, {path}, on {engine_platform}", "ok"), path

@@ -115,6 +115,13 @@ def test_claimed_by_a_later_plugin(configure: Callable[..., Any], log: pytest.Lo
     assert "FLASHMLA belongs to other.package.TheirBackend" in log.text
 
 
+def test_float32_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FLASHMLA.get_class().supports_combination(576, torch.float32, "auto") is None
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    assert "float32 is served on the CPU only" in FLASHMLA.get_class().supports_combination(576, torch.float32, "auto")
+    assert FLASHMLA.get_class().supports_combination(576, torch.bfloat16, "auto") is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -123,7 +130,6 @@ def test_claimed_by_a_later_plugin(configure: Callable[..., Any], log: pytest.Lo
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({"kv_cache_dtype": "float16"}, "a torch.float16 cache for a torch.bfloat16 model is not supported"),
         ({"use_sparse": True}, "sparse not supported"),
-        ({"use_dcp": True}, "DCP not supported"),
         ({"use_mla": False}, "non-MLA not supported"),
     ],
     ids=str,
