@@ -93,6 +93,15 @@ def test_configuring_twice_changes_nothing(configure: Callable[..., Any]) -> Non
     assert before == (str(config.cache_config), str(config.scheduler_config), str(config.compilation_config))
 
 
+def test_drafting_model_on_another_backend(
+    configure: Callable[..., Any], checkpoint: Callable[[Architecture], Path]
+) -> None:
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    with pytest.raises(Unsupported, match=r"method 'mtp'.*add \"attention_backend\": \"flashmla\""):
+        configure(model=str(checkpoint("v3-mtp")), speculative_config=drafts)
+    configure(model=str(checkpoint("v3-mtp")), speculative_config=drafts | {"attention_backend": "flashmla"})
+
+
 def test_model_without_mla(configure: Callable[..., Any], tmp_path: Path) -> None:
     plain = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     plain.architectures = ["LlamaForCausalLM"]
