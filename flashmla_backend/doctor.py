@@ -159,7 +159,7 @@ def _vllm() -> Finding:
         return Finding("vLLM", "not installed", "missing", f"{INSTALL_VLLM_GPU}; on a CPU: {INSTALL_VLLM_CPU}")
     name, version = found
     try:
-        oldest = compat.OLDEST_WITH_CPU_MLA if vllm_runs_on_cpu() else compat.OLDEST
+        oldest = compat.OLDEST_ON_CPU if vllm_runs_on_cpu() else compat.OLDEST
         compat.check_version(version, oldest=oldest)
     except Unsupported as refusal:
         return Finding("vLLM", f"{name} {version}", "missing", str(refusal))

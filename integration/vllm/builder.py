@@ -79,4 +79,9 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
     ) -> FlashMLADecodeMetadata:
         s_q = num_decode_tokens // seq_lens_device.shape[0]
         plan_step = self.planner.step(seq_lens_device, block_table_tensor, s_q)
-        return FlashMLADecodeMetadata(block_table_tensor, seq_lens_device, dcp_tot_seq_lens_device, plan_step)
+        return FlashMLADecodeMetadata(
+            block_table=block_table_tensor,
+            seq_lens=seq_lens_device,
+            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            plan_step=plan_step,
+        )

@@ -2,10 +2,10 @@
 
 Differences between 0.26 and 0.33, and the one place that absorbs each:
 
-    0.26 has no MLA on the CPU                          check_version(..., oldest=OLDEST_WITH_CPU_MLA)
-    `_build_decode` gains `max_query_len` after 0.26    FlashMLAMetadataBuilder divides what all releases pass
+    MLA on the CPU begins with 0.28, tests with 0.32    check_version(..., oldest=OLDEST_ON_CPU)
+    `_build_decode` gains `max_query_len` in 0.31       FlashMLAMetadataBuilder divides what all releases pass
     `do_kv_cache_update` gains `skip_scale` in 0.33     FlashMLAImpl passes trailing arguments on
-    kernel block sizes are asked for a spec after 0.26  FlashMLABackend takes `kv_cache_spec=None`
+    kernel block sizes are asked for a spec from 0.31   FlashMLABackend takes `kv_cache_spec=None`
     pages may lie further apart in 0.33                 core and cache write go by the cache's strides
     DCP is on by default in 0.26, off in 0.33           FlashMLAImpl spells supports_dcp out
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from flashmla_backend.errors import Unsupported
 
 OLDEST = (0, 26)
-OLDEST_WITH_CPU_MLA = (0, 32)
+OLDEST_ON_CPU = (0, 32)
 NEWEST = (0, 33)
 
 

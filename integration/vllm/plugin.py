@@ -66,7 +66,7 @@ def cpu_platform_path() -> str | None:
     builtin = cpu_platform_plugin()
     if builtin is None:
         return None
-    compat.check_version(found, oldest=compat.OLDEST_WITH_CPU_MLA)
+    compat.check_version(found, oldest=compat.OLDEST_ON_CPU)
     if builtin not in CPU_PLATFORMS:
         raise Unsupported(f"vLLM chose {builtin}; known CPU platforms are {', '.join(CPU_PLATFORMS)}")
     return CPU_PLATFORMS[builtin]

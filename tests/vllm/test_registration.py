@@ -143,7 +143,7 @@ def test_other_versions_are_refused_by_name(found: str) -> None:
 
 def test_cpu_needs_a_vllm_with_mla_on_the_cpu() -> None:
     with pytest.raises(Unsupported, match=r"vLLM 0\.26\.0 is not supported; vLLM 0\.32 to 0\.33 works"):
-        compat.check_version("0.26.0", oldest=compat.OLDEST_WITH_CPU_MLA)
+        compat.check_version("0.26.0", oldest=compat.OLDEST_ON_CPU)
 
 
 def test_unsupported_version_leaves_vllm_as_it_was(
