@@ -19,6 +19,8 @@ DTYPES: dict[Path, tuple[torch.dtype, ...]] = {
     "flashinfer": (torch.bfloat16, torch.float16),
 }
 
+NAMES: dict[Path, str] = {"cpu": "CPU reference path", "sm90": "sm_90a kernels", "flashinfer": "FlashInfer's kernels"}
+
 _chosen: dict[torch.device, Path] = {}  # a device does not change; its absence of an implementation may
 
 

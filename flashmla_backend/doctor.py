@@ -159,7 +159,7 @@ def _vllm() -> Finding:
         return Finding("vLLM", "not installed", "missing", f"{INSTALL_VLLM_GPU}; on a CPU: {INSTALL_VLLM_CPU}")
     name, version = found
     try:
-        oldest = compat.OLDEST_WITH_CPU_MLA if vllm_runs_on_cpu() else compat.OLDEST
+        oldest = compat.OLDEST_ON_CPU if vllm_runs_on_cpu() else compat.OLDEST
         compat.check_version(version, oldest=oldest)
     except Unsupported as refusal:
         return Finding("vLLM", f"{name} {version}", "missing", str(refusal))
@@ -172,7 +172,8 @@ def _native_module() -> Finding:
         remedy = "" if needed == "note" else REINSTALL
         return Finding("native module", f"not loaded: {native.unavailable_reason()}", needed, remedy)
     build = native.build_info()
-    return Finding("native module", f"{build.arch}, CUDA {build.cuda_version}, CUTLASS {build.cutlass_version}", "ok")
+    built = f"{build.arch}, CUDA {build.cuda_version}, CUTLASS {build.cutlass_version}"
+    return Finding("native module", built, "ok")
 
 
 def _entry_points() -> Finding:
@@ -202,5 +203,7 @@ def _who_serves() -> tuple[Finding, str | None]:
         disabled = os.environ.get("FLASHMLA_BACKEND_DISABLE", "") not in ("", "0")
         remedy = "unset FLASHMLA_BACKEND_DISABLE" if disabled else "check VLLM_PLUGINS, and the lines above"
         return Finding(subject, f"{backend}: {why}", "missing", remedy), None
-    path = "CPU reference path" if vllm_runs_on_cpu() else f"{native.build_info().arch} kernels"
+    from .dispatch import NAMES  # brings torch
+
+    path = NAMES["cpu" if vllm_runs_on_cpu() else "sm90"]
     return Finding(subject, f"flashmla_backend, {path}, on {engine_platform}", "ok"), path

@@ -1,4 +1,4 @@
-"""The commands `flashmla bench kernels` and `flashmla bench show`."""
+"""The commands of `flashmla bench`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flashmla_backend.bench.steps.cli import steps
 from flashmla_backend.errors import FlashMLAError, InvalidArgument
 
-app = typer.Typer(help="Measure decode kernels, ours beside others.", no_args_is_help=True)
+app = typer.Typer(help="Measure decode kernels and engines, ours beside others.", no_args_is_help=True)
+app.command()(steps)
 out, err = Console(), Console(stderr=True)
 
 GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
