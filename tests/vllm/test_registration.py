@@ -169,7 +169,7 @@ def made_up_gpu(capability: tuple[int, int] | None) -> SimpleNamespace:
 def test_on_hopper_flashmla_is_ours(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("vllm.platforms._current_platform", made_up_gpu((9, 0)))
     monkeypatch.setattr(native, "unavailable_reason", lambda: None)
-    info = native.BuildInfo("0.1.0", "13.0", "sm_90a", "4.2.0", "nvcc", has_decode_kernels=True)
+    info = native.BuildInfo("0.1.0", "13.0", "sm_90a", "4.2.0", "nvcc")
     monkeypatch.setattr(native, "build_info", lambda: info)
     register()
     assert FLASHMLA.get_path() == plugin.BACKEND_PATH
