@@ -10,10 +10,9 @@ namespace flashmla {
 
 constexpr int kCombineWarps = 8;
 constexpr int kCombineThreads = 32 * kCombineWarps;
-constexpr int kCombineBlocksPerSm = 3;
-constexpr int kFewSplits = 8;        // up to here, on average, a row is for one warp
-constexpr int kRowVectors = 4;       // 16-byte vectors that a lane holds of a whole row ..
-constexpr int kVectorsInFlight = 8;  // .. and how many of them it has on their way
+constexpr int kCombineBlocksPerSm = 2;
+constexpr int kRowVectors = kLatent / 128;  // 16-byte vectors that a lane holds of a whole row
+constexpr int kVectorsInFlight = 16;        // that a lane has on their way
 
 // A running sum of weighted partial results; a lane holds vectors `lane + 32 v` of its columns.
 template <int kVectors>
@@ -118,64 +117,83 @@ struct CutRequests {
   }
 };
 
+struct CombineShared {
+  float4 out[kCombineWarps][kRowVectors][32];
+  float maximum[kCombineWarps], sum[kCombineWarps];
+};
+
+// `group` warps of a thread block share the pieces of a row's 128 kVectors columns, each taking
+// every group-th one.
+template <typename Element, int kVectors>
+__device__ __forceinline__ void merge_rows(const DecodeArguments& a, CombineShared& shared,
+                                           const CutRequests& requests, int cut, int group) {
+  constexpr int kChunks = kRowVectors / kVectors;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = warp % group;
+  const int rows = a.h_kv * a.rows, units = cut * rows * kChunks;
+  const int64_t stride = rows;
+  const int per_round = gridDim.x * (kCombineWarps / group);
+  for (int base = 0; base < units; base += per_round) {
+    // Neighbours go to different thread blocks: few rows, many SMs.
+    const int unit = base + warp / group * gridDim.x + blockIdx.x;
+    const bool real = unit < units;
+    const int chunk = unit % kChunks, row = unit / kChunks % rows;
+    int request = 0;
+    Merge<kVectors> merge;
+    if (real) {
+      request = unit / kChunks / rows;
+      if (cut < a.batch) request = requests.find(request);
+      const int first = __ldg(a.split_offsets + request),
+                count = __ldg(a.split_offsets + request + 1) - first;
+      const int64_t source = (first + member) * stride + row;
+      merge.add_splits(reinterpret_cast<const float4*>(a.partial_out + source * kLatent) +
+                           32 * kVectors * chunk + lane,
+                       a.partial_lse + source, group * stride,
+                       (count - member + group - 1) / group);
+    }
+    if (group > 1) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) shared.out[warp][v][lane] = merge.out[v];
+      if (lane == 0) shared.maximum[warp] = merge.maximum, shared.sum[warp] = merge.sum;
+      __syncthreads();
+      for (int other = warp + 1; member == 0 && other < warp + group; ++other) {
+        const float maximum = shared.maximum[other];
+        if (maximum == kNegativeInfinity) continue;
+        float4 x[kVectors];
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) x[v] = shared.out[other][v][lane];
+        merge.scale(fmaxf(merge.maximum, maximum));
+        merge.add(x, maximum, shared.sum[other]);
+      }
+      __syncthreads();
+    }
+    if (real && member == 0) {
+      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
+      merge.template store<Element>(
+          static_cast<Element*>(a.out) + target * kLatent + 128 * kVectors * chunk, a.lse + target);
+    }
+  }
+}
+
 template <typename Element>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     combine_kernel(const __grid_constant__ DecodeArguments a) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ CombineShared shared;
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int splits = __ldg(a.split_offsets + a.batch);
   if (splits == 0) return;
 
   const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = a.h_kv * a.rows;
-  const int64_t stride = rows;
-  const auto* partial_out = reinterpret_cast<const float4*>(a.partial_out) + lane;
-  const auto find = [&](int rank) { return cut == a.batch ? rank : requests.find(rank); };
-
-  if (splits <= kFewSplits * cut) {
-    // A warp merges a row. Neighbouring rows go to different thread blocks: few rows, many SMs.
-    for (int i = warp * gridDim.x + blockIdx.x; i < cut * rows; i += gridDim.x * kCombineWarps) {
-      const int request = find(i / rows), row = i % rows;
-      const int first = __ldg(a.split_offsets + request);
-      const int64_t source = first * stride + row;
-      Merge<kRowVectors> merge;
-      merge.add_splits(partial_out + source * (kLatent / 4), a.partial_lse + source, stride,
-                       __ldg(a.split_offsets + request + 1) - first);
-      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
-      merge.template store<Element>(static_cast<Element*>(a.out) + target * kLatent,
-                                    a.lse + target);
-    }
-    return;
-  }
-
-  // A thread block merges 128 columns of a row, each warp every eighth piece.
-  __shared__ float4 shared_out[kCombineWarps][32];
-  __shared__ float shared_max[kCombineWarps], shared_sum[kCombineWarps];
-  for (int i = blockIdx.x; i < cut * rows * kRowVectors; i += gridDim.x) {
-    const int request = find(i / kRowVectors / rows), row = i / kRowVectors % rows;
-    const int chunk = i % kRowVectors;
-    const int first = __ldg(a.split_offsets + request),
-              count = __ldg(a.split_offsets + request + 1) - first;
-    const int64_t source = (first + warp) * stride + row;
-    Merge<1> merge;
-    merge.add_splits(partial_out + source * (kLatent / 4) + 32 * chunk, a.partial_lse + source,
-                     kCombineWarps * stride, (count - warp + kCombineWarps - 1) / kCombineWarps);
-    shared_out[warp][lane] = merge.out[0];
-    if (lane == 0) shared_max[warp] = merge.maximum, shared_sum[warp] = merge.sum;
-    __syncthreads();
-    if (warp == 0) {
-      for (int w = 1; w < kCombineWarps; ++w) {
-        if (shared_max[w] == kNegativeInfinity) continue;
-        const float4 x[1] = {shared_out[w][lane]};
-        merge.scale(fmaxf(merge.maximum, shared_max[w]));
-        merge.add(x, shared_max[w], shared_sum[w]);
-      }
-      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
-      merge.template store<Element>(static_cast<Element*>(a.out) + target * kLatent + 128 * chunk,
-                                    a.lse + target);
-    }
-    __syncthreads();
+  const int cut = requests.count(), rows = cut * a.h_kv * a.rows;
+  const int warps = gridDim.x * kCombineWarps;
+  // As many warps to a row as there are, but no more than it has pieces.
+  if (rows * kRowVectors * kCombineWarps <= warps) {
+    merge_rows<Element, 1>(a, shared, requests, cut, kCombineWarps);
+  } else {
+    int group = 1;
+    while (2 * group <= kCombineWarps && rows * 2 * group <= warps && 2 * group * cut <= splits)
+      group *= 2;
+    merge_rows<Element, kRowVectors>(a, shared, requests, cut, group);
   }
 }
 

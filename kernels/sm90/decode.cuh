@@ -299,6 +299,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
+      __syncwarp();  // all lanes have read their factors
       if (lane == 0) {
         ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
         ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
