@@ -128,12 +128,6 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
   ptx::fence_async_proxy();
 }
 
-// P and the factors of a page, written by this warp and fenced, are the right side's from now on.
-__device__ __forceinline__ void hand_over(ptx::Mbarrier* p_full) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(p_full);
-}
-
 template <typename Element>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
@@ -176,7 +170,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       const int stage = ring.stage;
       const bool final = page + 1 == item.page_end;
       // The right side takes up the previous page now that S no longer needs the tensor cores.
-      if (page > item.page_begin) hand_over(&shared.p_full[stage ^ 1]);
+      if (page > item.page_begin) ptx::mbarrier_arrive(&shared.p_full[stage ^ 1]);
       if (final) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
         load_next_query(i + 1);
@@ -220,7 +214,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         }
       }
       ptx::fence_async_proxy();
-      if (final) hand_over(&shared.p_full[stage]);
+      if (final) ptx::mbarrier_arrive(&shared.p_full[stage]);
 
       ring.advance();
       right_ring.advance();
@@ -330,7 +324,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(&shared.left_empty[stage], 4);
       ptx::mbarrier_init(&shared.rope_full[stage], 1);
       ptx::mbarrier_init(&shared.rope_empty[stage], 4);
-      ptx::mbarrier_init(&shared.p_full[stage], 4);
+      ptx::mbarrier_init(&shared.p_full[stage], 128);  // all that wrote P and the factors
     }
     for (int stage = 0; stage < kRightStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
