@@ -1,13 +1,13 @@
 """The barrier protocol of kernels/sm90/decode.cuh, for `barrier_machine` to run in every order.
 
 Each role below is the kernel's function of that name with everything but synchronisation and shared memory left out.
-What the kernel has four or three of is modelled once or twice, as `Scale` says: enough for warps that drift apart and
-for tiles that arrive out of turn.
+What the kernel has four or two of is modelled once or twice, as `Scale` says: enough for warps that drift apart and for
+tiles that arrive out of turn. A warp is one program: the compiler lets its lanes meet again after every wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tests.barrier_machine import (
@@ -15,6 +15,7 @@ from tests.barrier_machine import (
     BarArrive,
     BarWait,
     Copy,
+    Fence,
     Label,
     Load,
     Mma,
@@ -26,31 +27,22 @@ from tests.barrier_machine import (
     Wait,
 )
 
-STAGES = 2
-SIDES = ("left", "right")  # the consumer warpgroups, each with half of the columns of O and of V
-
 
 @dataclass(frozen=True)
 class Scale:
-    """How many of its parts are modelled."""
+    """How many of its parts are modelled, and the rings."""
 
-    warps: int  # of a warpgroup, and that load Q; the kernel has 4, and 3
-    groups: int  # of column tiles that arrive together, for each side, which frees them; the kernel has 2
-
-    def groups_of(self, side: str) -> range:
-        first = SIDES.index(side) * self.groups
-        return range(first, first + self.groups)
-
-    def all_groups(self) -> range:
-        """Left to right; the rope columns come with the last one."""
-        return range(2 * self.groups)
+    warps: int  # of a warpgroup, and that load Q; the kernel has 4, and 2
+    pairs: int  # of column tiles, each with a barrier, in either half of a page; the kernel has 2
+    left_stages: int = 2  # for left halves, rope tiles and P
+    right_stages: int = 3
 
 
 @dataclass
 class Ring:
     """As in the kernel, and beside the parity the phase it is meant to stand for."""
 
-    stages: int = STAGES
+    stages: int
     stage: int = 0
     parity: int = 0
     round: int = 0
@@ -94,31 +86,38 @@ def make_items(work: Sequence[str]) -> list[Item]:
 # --- Shared memory: what a page's data is called while it is K, zero-filled V, or P.
 
 
+def q(item: int) -> Label:
+    return f"q {item}"
+
+
 def k(page: Page) -> Label:
-    return ("k", page.serial)
+    return f"k {page.serial}"
+
+
+def zero(page: Page) -> Label:
+    return f"zero {page.serial}"
+
+
+def s(page: Page) -> Label:
+    return f"s {page.serial}"
 
 
 def p(page: Page) -> Label:
-    return ("p", page.serial)
+    return f"p {page.serial}"
 
 
-def factors(page: Page) -> Label:
-    return ("factors", page.serial)
+def pv(page: Page) -> Label:
+    return f"pv {page.serial}"
 
 
-def tails(stage: int, group: int, scale: Scale) -> tuple[str, ...]:
-    """Rows past the length of a partial page, in the shares of the warps that zero them."""
-    return tuple(f"tail{group}_{stage}.{w}" for w in range(scale.warps))
+def tails(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:
+    """Rows past the length of a partial page, in the shares of the warps that zero them. S may read anything there."""
+    return tuple(f"{side}_tail{pair}_{stage}.{w}" for w in range(scale.warps))
 
 
-def ropes(stage: int, group: int, scale: Scale) -> tuple[str, ...]:
-    """The rope columns, if the group brings them, in the shares of the warps that put P there."""
-    return tuple(f"rope_{stage}.{w}" for w in range(scale.warps) if group == scale.all_groups()[-1])
-
-
-def columns(stage: int, group: int, scale: Scale) -> tuple[str, ...]:
-    """Everything that one group of a page brings into a stage."""
-    return (f"columns{group}_{stage}", *tails(stage, group, scale), *ropes(stage, group, scale))
+def rope(stage: int, scale: Scale) -> tuple[str, ...]:
+    """A rope tile, in the shares of the warps that put P there."""
+    return tuple(f"rope_{stage}.{w}" for w in range(scale.warps))
 
 
 def holding(label: Label, regions: Sequence[str]) -> Reads:
@@ -126,117 +125,176 @@ def holding(label: Label, regions: Sequence[str]) -> Reads:
 
 
 def values(page: Page, stage: int, side: str, scale: Scale) -> Reads:
-    tail = ("zero", page.serial) if page.partial else k(page)
+    tail = zero(page) if page.partial else k(page)
     reads: Reads = ()
-    for group in scale.groups_of(side):
-        reads += (*holding(k(page), [f"columns{group}_{stage}"]), *holding(tail, tails(stage, group, scale)))
+    for pair in range(scale.pairs):
+        reads += ((f"{side}{pair}_{stage}", k(page)), *holding(tail, tails(side, pair, stage, scale)))
     return reads
 
 
-# --- Roles.
+# --- The producer's roles.
 
 
-def stream_pages(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
-    ring = Ring()
+def waits_for_queries(items: Sequence[Item]) -> bool:
+    return bool(items) and len(items[0]) > 1
+
+
+def stream_half(page: Page, ring: Ring, side: str, scale: Scale) -> Iterator[Step]:
+    stage = ring.stage
+    yield ring.empty(f"{side}_empty")
+    for pair in range(scale.pairs):
+        regions = (f"{side}{pair}_{stage}", *tails(side, pair, stage, scale))
+        yield Copy(regions, k(page), f"{side}_full{pair}_{stage}")
+
+
+def stream_left(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
+    ring = Ring(scale.left_stages)
+    hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
-        for side in SIDES:
-            yield ring.empty(f"{side}_empty")
-            for group in scale.groups_of(side):
-                yield Copy(columns(ring.stage, group, scale), k(page), f"kv_full{group}_{ring.stage}")
+        yield from stream_half(page, ring, "left", scale)
+        yield ring.empty("rope_empty")
+        yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
+        if hold:
+            yield Wait("q_full_0", parity=0, round=0)
+        hold = False
+        ring.advance()
+
+
+def stream_right(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
+    ring = Ring(scale.right_stages)
+    hold = waits_for_queries(items)
+    for page in (page for item in items for page in item):
+        yield from stream_half(page, ring, "right", scale)
+        if hold:
+            yield Wait("q_full_0", parity=0, round=0)
+        hold = False
         ring.advance()
 
 
 def stream_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
-    q = Ring(stages=1)
+    ring = Ring(1)
     for index, item in enumerate(items):
         if not item:
             continue
-        yield q.empty("q_empty")
-        yield Store((f"q.{warp}",), ("q", index))
-        yield Arrive("q_full_0", ("q", index))
-        q.advance()
-
-
-def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
-    ring, q = Ring(), Ring(stages=1)
-
-    def scores(index: int, page: Page) -> Iterator[Step]:
-        query = holding(("q", index), [f"q.{w}" for w in range(scale.warps)])
-        for group in scale.all_groups():
-            yield ring.full(f"kv_full{group}")
-            key = [f"columns{group}_{ring.stage}", *ropes(ring.stage, group, scale)]
-            yield Mma((*query, *holding(k(page), key)))
-
-    for index, item in enumerate(items):
-        if not item:
-            continue
-        yield q.full("q_full")
-        q.advance()
-        for page in item:
-            stage = ring.stage
-            yield from scores(index, page)
-            yield MmaWait(0)
-            if page.last:
-                yield Arrive("q_empty_0", ("q", index))
-            yield from sync("left_group", p(page))
-            if page.partial:
-                yield zero_tail(page, stage, "left", warp, scale)
-                yield from sync("left_group", ("zero", page.serial))
-            yield Mma(values(page, stage, "left", scale))
-            yield Store((f"rope_{stage}.{warp}",), p(page))
-            yield Store((f"factors_{stage}.{warp}",), factors(page))
-            yield BarArrive(f"p_ready_{stage}", p(page))
-            yield MmaWait(0)
-            yield Arrive(f"left_empty_{stage}", k(page))
-            ring.advance()
-
-
-def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
-    ring = Ring()
-    for page in (page for item in items for page in item):
-        stage = ring.stage
-        for group in scale.groups_of("right"):  # no others: the left side may already have had them refilled
-            yield ring.full(f"kv_full{group}")
-        if page.partial:
-            yield zero_tail(page, stage, "right", warp, scale)  # p_ready is also the right warpgroup's own barrier
-        yield from sync(f"p_ready_{stage}", p(page))
-        yield Load(f"factors_{stage}.{warp}", factors(page))
-        probabilities = holding(p(page), ropes(stage, scale.all_groups()[-1], scale))
-        yield Mma((*probabilities, *values(page, stage, "right", scale)))
-        yield MmaWait(0)
-        yield Arrive(f"right_empty_{stage}", k(page))
+        yield ring.empty("q_empty")
+        yield Store((f"q.{warp}",), q(index))
+        yield Fence(q(index))  # with the wait for this warp's own cp.async
+        yield Arrive("q_full_0", q(index))
         ring.advance()
 
 
-def zero_tail(page: Page, stage: int, side: str, warp: int, scale: Scale) -> Step:
-    shares = tuple(f"tail{group}_{stage}.{warp}" for group in scale.groups_of(side))
-    return Store(shares, ("zero", page.serial))
+# --- The consumers' roles.
 
 
-def sync(barrier: str, round_of: Label) -> Iterator[Step]:
-    yield BarArrive(barrier, round_of)
+def zero_tail(page: Page, stage: int, side: str, warp: int, scale: Scale) -> Iterator[Step]:
+    yield Store(tuple(tails(side, pair, stage, scale)[warp] for pair in range(scale.pairs)), zero(page))
+    yield Fence(zero(page))
+    yield from sync(f"{side}_group", zero(page))
+
+
+def sync(barrier: str, label: Label) -> Iterator[Step]:
+    yield BarArrive(barrier, label)
     yield BarWait(barrier)
+
+
+def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale) -> Iterator[Step]:
+    query = holding(q(index), [f"q.{w}" for w in range(scale.warps)])
+    for side, half in ("left", ring), ("right", right_ring):
+        for pair in range(scale.pairs):
+            yield half.full(f"{side}_full{pair}")
+            yield Mma((*query, (f"{side}{pair}_{half.stage}", k(page))))
+    yield ring.full("rope_full")
+    yield Mma((*query, *holding(k(page), rope(ring.stage, scale))))
+
+
+def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
+    ring, right_ring, q_ring = Ring(scale.left_stages), Ring(scale.right_stages), Ring(1)
+    for index, item in enumerate(items):
+        if not item:
+            continue
+        yield q_ring.full("q_full")
+        q_ring.advance()
+        yield from start_scores(index, item[0], ring, right_ring, scale)
+        yield MmaWait(s(item[0]))
+        for at, page in enumerate(item):
+            stage = ring.stage
+            if not page.first:
+                yield Arrive(f"p_full_{stage ^ 1}", p(item[at - 1]))
+            if page.last:
+                yield Arrive("q_empty_0", q(index))
+            yield from sync("left_group", s(page))
+            if page.partial:
+                yield from zero_tail(page, stage, "left", warp, scale)
+            yield Mma(values(page, stage, "left", scale))
+            yield Store((f"rope_{stage}.{warp}", f"rescale_{stage}.{warp}"), p(page))
+            if page.last:
+                yield Store((f"inverse_sum_{stage}.{warp}",), p(page))
+            yield Fence(p(page))
+            if page.last:
+                yield Arrive(f"p_full_{stage}", p(page))
+            ring.advance()
+            right_ring.advance()
+            yield MmaWait(pv(page))
+            yield Arrive(f"left_empty_{stage}", pv(page))
+            if page.last:
+                break
+            yield from start_scores(index, item[at + 1], ring, right_ring, scale)
+            yield MmaWait(s(item[at + 1]))
+
+
+def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
+    ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
+    for page in (page for item in items for page in item):
+        for pair in range(scale.pairs):
+            yield ring.full(f"right_full{pair}")
+        if page.partial:
+            yield from zero_tail(page, ring.stage, "right", warp, scale)
+        yield p_ring.full("p_full")
+        if not page.first:
+            yield Load(f"rescale_{p_ring.stage}.{warp}", p(page))
+        probabilities = holding(p(page), rope(p_ring.stage, scale))
+        yield Mma((*probabilities, *values(page, ring.stage, "right", scale)))
+        if page.last:
+            yield Load(f"inverse_sum_{p_ring.stage}.{warp}", p(page))
+        yield MmaWait(pv(page))
+        yield Arrive(f"rope_empty_{p_ring.stage}", pv(page))
+        yield Arrive(f"right_empty_{ring.stage}", pv(page))
+        ring.advance()
+        p_ring.advance()
 
 
 Edit = Callable[[str, list[Step]], list[Step]]
 
 
-def protocol(work: Sequence[str], scale: Scale, edit: Edit = lambda role, steps: steps) -> Protocol:
-    """The kernel's protocol over these items; `edit` may break a role's steps."""
+def as_it_is(role: str, steps: list[Step]) -> list[Step]:
+    return steps
+
+
+def protocol(
+    work: Sequence[str], scale: Scale, edit: Edit = as_it_is, scale_of: Mapping[str, Scale] | None = None
+) -> Protocol:
+    """The kernel's protocol over these items. `edit` may break a role's steps, `scale_of` give a role other rings."""
     items = make_items(work)
-    programs = {"pages": edit("pages", list(stream_pages(items, scale)))}
+    other = scale_of or {}
+
+    def program(role: str, steps: Iterator[Step]) -> list[Step]:
+        return edit(role, list(steps))
+
+    programs = {
+        "stream_left": program("stream_left", stream_left(items, other.get("stream_left", scale))),
+        "stream_right": program("stream_right", stream_right(items, other.get("stream_right", scale))),
+    }
     for w in range(scale.warps):
-        programs[f"queries.{w}"] = edit("queries", list(stream_queries(items, w)))
-        programs[f"left.{w}"] = edit("left", list(run_left(items, w, scale)))
-        programs[f"right.{w}"] = edit("right", list(run_right(items, w, scale)))
-    per_stage = {f"kv_full{group}_{s}": 1 for group in scale.all_groups() for s in range(STAGES)}
-    per_stage |= {f"{side}_empty_{s}": scale.warps for side in SIDES for s in range(STAGES)}
-    return Protocol(
-        programs,
-        groups={f"{side}.{w}": side for side in SIDES for w in range(scale.warps)},
-        mbarriers={"q_full_0": scale.warps, "q_empty_0": scale.warps, **per_stage},
-        named_barriers={
-            "left_group": scale.warps,
-            **{f"p_ready_{s}": 2 * scale.warps for s in range(STAGES)},
-        },
-    )
+        programs[f"queries.{w}"] = program("queries", stream_queries(items, w))
+        programs[f"left.{w}"] = program("left", run_left(items, w, other.get("left", scale)))
+        programs[f"right.{w}"] = program("right", run_right(items, w, other.get("right", scale)))
+
+    mbarriers = {"q_full_0": scale.warps, "q_empty_0": scale.warps}
+    for stage in range(scale.left_stages):
+        mbarriers |= {f"left_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
+        mbarriers |= {f"rope_full_{stage}": 1}
+        mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in ("left_empty", "rope_empty", "p_full")}
+    for stage in range(scale.right_stages):
+        mbarriers |= {f"right_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
+        mbarriers |= {f"right_empty_{stage}": scale.warps}
+    return Protocol(programs, mbarriers, named_barriers={"left_group": scale.warps, "right_group": scale.warps})

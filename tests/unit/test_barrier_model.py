@@ -2,140 +2,245 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
-from tests.barrier_machine import Arrive, BarArrive, BarWait, Load, MmaWait, Step, Violation, Wait, explore
+from tests.barrier_machine import (
+    Arrive,
+    BarArrive,
+    BarWait,
+    Copy,
+    Fence,
+    Load,
+    MmaWait,
+    Step,
+    Violation,
+    Wait,
+    explore,
+)
 from tests.decode_protocol import Edit, Scale, protocol
 
 # --- The protocol holds.
 
-SIZES = ("0", "1", "1p", "2", "2p", "3", "3p")
-WORK_LISTS = [*product(SIZES, repeat=1), *product(SIZES, repeat=2), *product(("0", "1p", "2"), repeat=3)]
+# Stages and parities of both rings repeat after 12 pages.
+WORK_LISTS = {
+    "one item": [(size,) for size in ("0", "1", "1p", "2", "2p", "3", "3p", "5", "5p", "13")],
+    "two items": list(product(("1p", "2", "3p", "5"), repeat=2)),
+    "three items": list(product(("0", "1", "2p"), repeat=3)),
+}
 
 
-def test_no_order_of_execution_breaks_the_protocol() -> None:
-    """Each warpgroup as one warp, over many lists of items."""
-    for work in WORK_LISTS:
-        explore(protocol(work, Scale(warps=1, groups=1)))
+@pytest.mark.parametrize("lists", WORK_LISTS.values(), ids=WORK_LISTS)
+def test_no_order_of_execution_breaks_the_protocol(lists: Sequence[tuple[str, ...]]) -> None:
+    """Each warpgroup as one warp, and each half of a page as one copy."""
+    for work in lists:
+        explore(protocol(work, Scale(warps=1, pairs=1)))
 
 
 @pytest.mark.parametrize("work", [("3p",), ("2", "1p"), ("1p", "0", "1")])
 def test_warps_of_a_group_may_drift_apart(work: tuple[str, ...]) -> None:
-    assert explore(protocol(work, Scale(warps=2, groups=1))) > 1000
+    assert explore(protocol(work, Scale(warps=2, pairs=1))) > 1000
 
 
-@pytest.mark.parametrize("work", [("3p", "2"), ("2", "1p", "2"), ("1p", "0", "3")])
+@pytest.mark.parametrize("work", [("3p",), ("2", "1p"), ("1p", "0", "1")])
 def test_tiles_of_a_page_may_arrive_out_of_turn(work: tuple[str, ...]) -> None:
-    assert explore(protocol(work, Scale(warps=1, groups=2))) > 1000
+    assert explore(protocol(work, Scale(warps=1, pairs=2))) > 1000
 
 
-# --- And the model can tell: each of these edits breaks it.
+# --- And the model can tell. First, step by step: nothing may be left out, no arrival come early, no wait late.
+
+# Enough for every ring to wrap and for an item to follow another; enough for warps to drift apart.
+PROBLEMS = ((("3p", "1p"), Scale(warps=1, pairs=1)), (("2p",), Scale(warps=2, pairs=1)))
 
 
-def edited(role: str, change: Callable[[Step], Sequence[Step]]) -> Edit:
-    """Replace each step of one role by what `change` makes of it."""
-    return lambda name, steps: [new for step in steps for new in change(step)] if name == role else steps
+def kind(steps: Sequence[Step], at: int) -> str:
+    """What a step does for synchronisation, stages and pairs of tiles aside; "" if nothing."""
+    match steps[at]:
+        case Wait(barrier=barrier) | Arrive(barrier=barrier) as step:
+            return f"{type(step).__name__} {re.sub(r'[0-9]*_[0-9]+$', '', barrier)}"
+        case BarArrive(barrier, label):
+            return f"Sync {barrier} for {label.split()[0]}"
+        case BarWait():
+            return kind(steps, at - 1)
+        case Fence(label) | MmaWait(label) as step:
+            return f"{type(step).__name__} {label.split()[0]}"
+    return ""
 
 
-def without(role: str, kind: type, barrier: str) -> Edit:
-    return edited(
-        role, lambda step: [] if isinstance(step, kind) and getattr(step, "barrier", "").startswith(barrier) else [step]
-    )
+def kinds(*types: type) -> list[tuple[str, str]]:
+    """Every role and kind of these types that the protocol has."""
+    found: dict[tuple[str, str], None] = {}
+
+    def note(role: str, steps: list[Step]) -> list[Step]:
+        found.update({(role, kind(steps, at)): None for at, step in enumerate(steps) if isinstance(step, types)})
+        return steps
+
+    protocol(("3p", "2"), Scale(warps=1, pairs=1), note)
+    return list(found)
 
 
-def one_p_ready_barrier(role: str, steps: list[Step]) -> list[Step]:
-    def change(step: Step) -> list[Step]:
-        if isinstance(step, (BarArrive, BarWait)) and step.barrier == "p_ready_1":
-            return [step._replace(barrier="p_ready_0")]
-        return [step]
+def without(role: str, left_out: str) -> Edit:
+    def edit(name: str, steps: list[Step]) -> list[Step]:
+        return [step for at, step in enumerate(steps) if name != role or kind(steps, at) != left_out]
 
-    return edited(role, change)(role, steps)
+    return edit
 
 
-def arrive_before_mma_wait(role: str, barrier: str) -> Edit:
-    """`barrier` is arrived at before the MMAs that it stands for have completed."""
+def moved(role: str, what: str, past: tuple[type, ...], by: int) -> Edit:
+    """Every step of that kind goes up (by -1) or down (by 1), past its neighbours of these types and one step more."""
 
-    def earlier(name: str, steps: list[Step]) -> list[Step]:
-        result: list[Step] = []
-        for step in steps:
-            early = name == role and isinstance(step, Arrive) and step.barrier.startswith(barrier)
-            result.insert(len(result) - early, step)
+    def edit(name: str, steps: list[Step]) -> list[Step]:
+        if name != role:
+            return steps
+        chosen = [step for at, step in enumerate(steps) if kind(steps, at) == what and not isinstance(step, BarWait)]
+        result = list(steps)
+        for step in chosen[::-by]:  # so that none meets another one
+            at = next(at for at, other in enumerate(result) if other is step)
+            to = at + by
+            while 0 < to < len(result) - 1 and isinstance(result[to], past):
+                to += by
+            result.insert(to, result.pop(at))
         return result
 
-    return earlier
+    return edit
 
 
-def factors_after_release(name: str, steps: list[Step]) -> list[Step]:
-    if name != "right":
-        return steps
-    result: list[Step] = []
-    late: list[Step] = []
-    for step in steps:
-        if isinstance(step, Load):
-            late.append(step)
-            continue
-        result.append(step)
-        if isinstance(step, Arrive):
-            result += late
-            late.clear()
-    return result
+SYSTEMATIC = {
+    **{f"{role} without {what}": without(role, what) for role, what in kinds(Wait, Arrive, BarArrive, MmaWait, Fence)},
+    **{f"{role}, early {what}": moved(role, what, (Arrive, BarArrive), -1) for role, what in kinds(Arrive, BarArrive)},
+    **{f"{role}, late {what}": moved(role, what, (Wait, BarWait), 1) for role, what in kinds(Wait)},
+}
 
-
-def no_wait_for_zeros(name: str, steps: list[Step]) -> list[Step]:
-    def after_zeros(index: int) -> bool:
-        return any(
-            isinstance(s, BarArrive) and s.barrier == "left_group" and s.label[0] == "zero"
-            for s in steps[index - 1 : index + 1]
-        )
-
-    return [step for index, step in enumerate(steps) if name != "left" or not after_zeros(index)]
-
-
-def also_wait_for_left_groups(step: Step) -> list[Step]:
-    if isinstance(step, Wait) and step.barrier.startswith("kv_full"):
-        return [step._replace(barrier=f"kv_full0_{step.barrier[-1]}"), step]
-    return [step]
-
-
-def never_flip_parity(step: Step) -> list[Step]:
-    return [step._replace(parity=0) if isinstance(step, Wait) else step]
-
-
-MUTANTS: dict[str, tuple[Edit, str]] = {
-    "one P-ready barrier for both stages": (one_p_ready_barrier, "arrives at p_ready_0"),
-    "the left side does not say that P is ready": (without("left", BarArrive, "p_ready"), "deadlock"),
-    "the right side does not wait for P": (without("right", BarWait, "p_ready"), "expects"),
-    "the right side waits for groups that the left side frees": (
-        edited("right", also_wait_for_left_groups),
-        "may still wait for phase|waits for phase",
-    ),
-    "the right side reads the factors after its release": (factors_after_release, "right.*load expects"),
-    "a parity that never flips": (edited("right", never_flip_parity), "stands for another phase"),
-    "the left side's tiles are released during P V": (
-        arrive_before_mma_wait("left", "left_empty"),
-        "MMA of left is reading",
-    ),
-    "the right side's tiles are released during P V": (
-        arrive_before_mma_wait("right", "right_empty"),
-        "MMA of right is reading",
-    ),
-    "Q is released during S": (arrive_before_mma_wait("left", "q_empty"), "store of .'q'.* MMA of left is reading"),
-    "P overwrites K during S": (
-        edited("left", lambda step: [] if step == MmaWait(0) else [step]),
-        "store of .'p'.* MMA of left is reading",
-    ),
-    "Q is loaded without waiting": (without("queries", Wait, "q_empty"), "arrives at q_full_0"),
-    "pages are loaded without waiting for the left side": (without("pages", Wait, "left_empty"), "copy of"),
-    "pages are loaded without waiting for the right side": (without("pages", Wait, "right_empty"), "copy of"),
-    "left reads V before the other warps have zeroed it": (no_wait_for_zeros, "expects .'zero'"),
+# And why: the hold only lets Q and the first page be fetched before the second page.
+HARMLESS = {
+    f"{role}{change} Wait q_full" for role in ("stream_left", "stream_right") for change in (" without", ", late")
 }
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_broken_protocol_is_caught(name: str) -> None:
-    edit, message = MUTANTS[name]
+@pytest.mark.parametrize("name", SYSTEMATIC)
+def test_every_step_is_needed_where_it_is(name: str) -> None:
+    if name in HARMLESS:
+        for work, scale in PROBLEMS:
+            explore(protocol(work, scale, SYSTEMATIC[name]))
+        return
+    with pytest.raises(Violation):
+        for work, scale in PROBLEMS:
+            explore(protocol(work, scale, SYSTEMATIC[name]))
+
+
+# --- Then what a change to the kernel might get wrong.
+
+
+def hold_for_a_single_page(name: str, steps: list[Step]) -> list[Step]:
+    if not name.startswith("stream"):
+        return steps
+    first_page = max(at for at, step in enumerate(steps) if isinstance(step, Copy) and step.label == "k 0")
+    return [*steps[: first_page + 1], Wait("q_full_0", parity=0, round=0), *steps[first_page + 1 :]]
+
+
+def hand_over_at_once(name: str, steps: list[Step]) -> list[Step]:
+    """P of every page, not just of an item's last one."""
+    if name != "left":
+        return steps
+    arrivals = {step.label: step for step in steps if isinstance(step, Arrive) and step.barrier.startswith("p_full")}
+    result: list[Step] = []
+    for step in steps:
+        if step not in arrivals.values():
+            result.append(step)
+        if isinstance(step, Fence) and step.label in arrivals:
+            result.append(arrivals[step.label])
+    return result
+
+
+def read_factors(before: str = "", after: str = "") -> Edit:
+    """The right side reads the factors of O just before or after another step of the page."""
+
+    def edit(name: str, steps: list[Step]) -> list[Step]:
+        if name != "right":
+            return steps
+        result: list[Step] = []
+        begin = 0
+        for end in (at + 1 for at in range(len(steps)) if kind(steps, at) == "Arrive right_empty"):
+            page = steps[begin:end]
+            loads = [step for step in page if isinstance(step, Load)]
+            for at, step in enumerate(page):
+                result += loads if kind(page, at) == before else []
+                result += [] if isinstance(step, Load) else [step]
+                result += loads if kind(page, at) == after else []
+            begin = end
+        return result
+
+    return edit
+
+
+def parity_that_never_flips(role: str) -> Edit:
+    def edit(name: str, steps: list[Step]) -> list[Step]:
+        first = {step.barrier: step.parity for step in reversed(steps) if isinstance(step, Wait)}
+        return [
+            step._replace(parity=first[step.barrier]) if name == role and isinstance(step, Wait) else step
+            for step in steps
+        ]
+
+    return edit
+
+
+def one_p_full_for_both_slots(name: str, steps: list[Step]) -> list[Step]:
+    return [
+        step._replace(barrier="p_full_0") if isinstance(step, (Arrive, Wait)) and step.barrier == "p_full_1" else step
+        for step in steps
+    ]
+
+
+def test_handing_over_p_at_once_is_only_slower() -> None:
+    """P waits for the next page's S so that the tensor cores have work during the softmax after it."""
+    for work, scale in PROBLEMS:
+        explore(protocol(work, scale, hand_over_at_once))
+
+
+@pytest.mark.parametrize(
+    ("work", "edit", "message"),
+    [
+        (("1", "1"), hold_for_a_single_page, "stream_.* may still wait for phase 0 of q_full_0"),
+        (("2",), read_factors(before="Wait p_full"), "right.*load expects p 1 in rescale_1"),
+        (("3", "1"), read_factors(after="Arrive rope_empty"), "right.*load expects p . in (rescale|inverse_sum)"),
+        (("3",), one_p_full_for_both_slots, "right.*load expects p 1 in rescale_1"),
+        (("5",), parity_that_never_flips("stream_left"), "stands for another phase"),
+        (("5",), parity_that_never_flips("stream_right"), "stands for another phase"),
+        (("1", "1", "1"), parity_that_never_flips("queries"), "stands for another phase"),
+        (("5",), parity_that_never_flips("left"), "stands for another phase"),
+        (("5",), parity_that_never_flips("right"), "stands for another phase"),
+    ],
+)
+def test_a_wrong_change_is_caught(work: tuple[str, ...], edit: Edit, message: str) -> None:
     with pytest.raises(Violation, match=message):
-        explore(protocol(("3p", "2"), Scale(warps=2, groups=1), edit=edit))
+        explore(protocol(work, Scale(warps=1, pairs=1), edit))
+
+
+ONE = Scale(warps=1, pairs=1)
+
+
+def test_two_right_stages_would_do() -> None:
+    """The third one is there to load ahead; P V of a page is through before the page after next."""
+    explore(protocol(("5", "3p"), replace(ONE, right_stages=2)))
+
+
+def test_one_right_stage_would_not() -> None:
+    """S of the second page waits for its right half, which waits for P V of the first, which comes after that S."""
+    with pytest.raises(Violation, match="deadlock"):
+        explore(protocol(("2",), replace(ONE, right_stages=1)))
+
+
+@pytest.mark.parametrize(
+    ("role", "ring"),
+    [
+        *product(("stream_left", "right"), [replace(ONE, left_stages=1)]),
+        *product(("stream_right", "left", "right"), [replace(ONE, right_stages=2)]),
+    ],
+)
+def test_a_ring_of_another_size_in_one_role_is_caught(role: str, ring: Scale) -> None:
+    with pytest.raises(Violation):
+        explore(protocol(("5",), ONE, scale_of={role: ring}))
