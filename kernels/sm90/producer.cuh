@@ -54,8 +54,9 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
     if (lane < kHalfTiles)
       load_tile(a, shared.left[stage][lane], &shared.left_full[stage][lane / 2], kv_head, page, row,
                 lane);
-    ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
+    // Only the lane that acts on it waits: another might look when the slot is a phase further on.
     if (lane == 0) {
+      ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(&shared.rope_full[stage], ptx::kTileBytes);
       load_tile(a, shared.rope[stage], &shared.rope_full[stage], kv_head, page, row, kRopeTile);
     }

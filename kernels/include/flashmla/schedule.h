@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 enum {
-  FLASHMLA_SCHEDULE_MAX_ROUNDS = 7,  // pieces per part, if anything is cut
+  FLASHMLA_SCHEDULE_MAX_ROUNDS = 6,  // pieces per part, if anything is cut
   FLASHMLA_SCHEDULE_MAX_BATCH = 8192,
   FLASHMLA_SCHEDULE_MAX_PARTS = 512,
 };
