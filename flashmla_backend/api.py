@@ -117,13 +117,13 @@ def plan_decode(
         return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
     if reuse is None:
-        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms)
+        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms, s_q * h_q)
         partials = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, workspace)
         return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *partials, **shape)
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
-    ops.schedule_into(seq_lens, row_tiles, num_sms, reuse.items, reuse.part_offsets, reuse.split_offsets)
+    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, reuse.items, reuse.part_offsets, reuse.split_offsets)
     if reuse.seq_lens is seq_lens and reuse.block_table is block_table:
         return reuse
     return replace(reuse, seq_lens=seq_lens, block_table=block_table)

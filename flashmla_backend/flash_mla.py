@@ -72,7 +72,9 @@ def get_mla_metadata(
     row_tiles = row_tiles_of(num_q_tokens_per_head_k, num_heads_k)
     check_pair_style(cache_seqlens.device)
     num_sms = default_num_sms(cache_seqlens.device)
-    items, part_offsets, split_offsets = ops.schedule(cache_seqlens, row_tiles, num_sms)
+    items, part_offsets, split_offsets = ops.schedule(
+        cache_seqlens, row_tiles, num_sms, num_q_tokens_per_head_k * num_heads_k
+    )
     flat = torch.cat([items.flatten(), part_offsets, split_offsets])
     metadata = flat.new_zeros(metadata_rows(flat.numel()), METADATA_COLUMNS)
     metadata.view(-1)[: flat.numel()] = flat

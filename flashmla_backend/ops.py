@@ -40,6 +40,7 @@ def schedule_on_cpu(
     seq_lens: torch.Tensor,
     row_tiles: int,
     num_sms: int,
+    rows: int,
     items: torch.Tensor,
     part_offsets: torch.Tensor,
     split_offsets: torch.Tensor,
@@ -50,11 +51,12 @@ def schedule_on_cpu(
         seq_lens: [B] int32.
         row_tiles: `schedule.row_tiles_of(rows, h_kv)`.
         num_sms: thread blocks that run at once.
+        rows: query rows of a request over all KV heads.
         items: [max_items, 4] (request, page_begin, page_end, split), part after part, unused rows -1.
         part_offsets: [parts + 1] into items.
         split_offsets: [B + 1] into the partial results.
     """
-    made = make_schedule(seq_lens.tolist(), row_tiles, num_sms)
+    made = make_schedule(seq_lens.tolist(), row_tiles, num_sms, rows)
     flat = [item for part in made.parts for item in part]
     items.fill_(-1)
     if flat:
@@ -64,16 +66,16 @@ def schedule_on_cpu(
     split_offsets.copy_(torch.tensor(made.split_offsets, dtype=torch.int32))
 
 
-def schedule_buffers(seq_lens: torch.Tensor, row_tiles: int, num_sms: int) -> Schedule:
+def schedule_buffers(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int) -> Schedule:
     batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
     items = seq_lens.new_empty((max_items(batch, parts), 4))
     return items, seq_lens.new_empty(parts + 1), seq_lens.new_empty(batch + 1)
 
 
-def new_schedule(seq_lens: torch.Tensor, row_tiles: int, num_sms: int) -> Schedule:
+def new_schedule(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int) -> Schedule:
     """items, part_offsets and split_offsets of `schedule_into`, newly allocated."""
-    buffers = schedule_buffers(seq_lens, row_tiles, num_sms)
-    schedule_into(seq_lens, row_tiles, num_sms, *buffers)
+    buffers = schedule_buffers(seq_lens, row_tiles, num_sms, rows)
+    schedule_into(seq_lens, row_tiles, num_sms, rows, *buffers)
     return buffers
 
 
@@ -100,14 +102,14 @@ def empty_results(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tens
 
 
 schedule_into = operator(
-    "schedule_into(Tensor seq_lens, int row_tiles, int num_sms, Tensor(a!) items, Tensor(b!) part_offsets, "
+    "schedule_into(Tensor seq_lens, int row_tiles, int num_sms, int rows, Tensor(a!) items, Tensor(b!) part_offsets, "
     "Tensor(c!) split_offsets) -> ()",
     on_cpu=schedule_on_cpu,
     on_cuda=sm90.schedule,
     fake=lambda *_: None,
 )
 schedule = operator(
-    "schedule(Tensor seq_lens, int row_tiles, int num_sms) -> (Tensor, Tensor, Tensor)",
+    "schedule(Tensor seq_lens, int row_tiles, int num_sms, int rows) -> (Tensor, Tensor, Tensor)",
     on_cpu=new_schedule,
     on_cuda=new_schedule,
     fake=schedule_buffers,

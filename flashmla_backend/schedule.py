@@ -49,15 +49,19 @@ class CostModel:
     item: int = 2500  # prologue (Q, first page) and epilogue of one work item
     empty_item: int = 300  # a request without tokens only stores zeros
     reduction: int = 1300  # launching the combine ...
-    reduction_per_split: int = 60  # ... and reading each partial result
+    partial_row: int = 2  # ... and storing and reading back one row of a partial result, 2 KB
 
     def of_item(self, pages: int, row_tiles: int) -> int:
         if pages == 0:
             return self.empty_item
         return self.item + pages * (self.lone_page if row_tiles == 1 else self.page)
 
-    def of_reduction(self, splits: int) -> int:
-        return 0 if splits <= 1 else self.reduction + splits * self.reduction_per_split
+    def of_partial(self, rows: int) -> int:
+        return min(rows * self.partial_row, 65535)  # as much as the device takes
+
+    def of_reduction(self, partials: int, rows: int) -> int:
+        """Of `partials` partial results, `rows` rows each; their traffic is the whole machine's."""
+        return 0 if partials == 0 else self.reduction + partials * self.of_partial(rows)
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,16 @@ def max_splits(parts: int) -> int:
     return MAX_ROUNDS * parts
 
 
-def make_schedule(seq_lens: Sequence[int], row_tiles: int, num_sms: int, cost: CostModel | None = None) -> Schedule:
+def make_schedule(
+    seq_lens: Sequence[int], row_tiles: int, num_sms: int, rows: int | None = None, cost: CostModel | None = None
+) -> Schedule:
     """Work lists for one step.
 
     Args:
         seq_lens: [B] tokens in the cache per request, 0 allowed.
         row_tiles: `row_tiles_of(s_q * h_q / h_kv, h_kv)`.
         num_sms: thread blocks that run at once.
+        rows: query rows of a request over all KV heads, s_q * h_q; full row tiles by default.
     """
     model = cost or CostModel()
     pages = [pages_of(n) for n in seq_lens]
@@ -115,7 +122,10 @@ def make_schedule(seq_lens: Sequence[int], row_tiles: int, num_sms: int, cost: C
         proposals.append(levelled)
     counts, hands = min(
         ((piece_counts(hands, len(pages)), hands) for hands in proposals),
-        key=lambda proposal: busiest(proposal[1], row_tiles, model) + model.of_reduction(max(proposal[0], default=1)),
+        key=lambda proposal: (
+            busiest(proposal[1], row_tiles, model)
+            + model.of_reduction(sum(count for count in proposal[0] if count > 1), rows or TILE_ROWS * row_tiles)
+        ),
     )
 
     offsets = [0]

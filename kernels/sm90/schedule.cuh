@@ -115,11 +115,7 @@ class Scheduler {
     const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
     cut(cap);
     sort(cap > kMinSplitPages ? cap : 2 * kMinSplitPages - 1);
-    const int64_t busiest = deal();
-    const int splits = piece_count(longest, cap);
-    return splits == 1 ? busiest
-                       : busiest + a_.cost.reduction +
-                             static_cast<int64_t>(splits) * a_.cost.reduction_per_split;
+    return with_reduction(deal());
   }
 
   // Writes the proposed schedule out.
@@ -221,21 +217,27 @@ class Scheduler {
     }
     __syncthreads();
     pieces_ = fill_offsets(w_.first_piece, a_.batch, [&](int of) { return 1 + cuts_in(of); });
-    int most = 1;
-    for (int i = thread_; i < a_.batch; i += kThreads) {
-      const int count = w_.first_piece[i + 1] - w_.first_piece[i];
-      most = count > most ? count : most;
-    }
     // A part that begins inside a request pays for an item of its own.
     const int64_t load = part < a_.parts
                              ? boundaries.position[part + 1] - boundaries.position[part] +
                                    (inside ? a_.cost.item : 0)
                              : 0;
-    const int64_t busiest = block_max(load);
-    const int splits = static_cast<int>(block_max(most));
-    return splits == 1 ? busiest
-                       : busiest + a_.cost.reduction +
-                             static_cast<int64_t>(splits) * a_.cost.reduction_per_split;
+    return with_reduction(block_max(load));
+  }
+
+  // Adds what merging the partial results costs.
+  __device__ int64_t with_reduction(int64_t busiest) {
+    int partials = 0;
+    for (int i = thread_; i < a_.batch; i += kThreads) {
+      const int count = w_.first_piece[i + 1] - w_.first_piece[i];
+      partials += count > 1 ? count : 0;
+    }
+    partials = __reduce_add_sync(kAllLanes, partials);
+    const int* values = exchange(partials, lane_ == 0);
+    partials = __reduce_add_sync(kAllLanes, values[lane_]);
+    return partials == 0
+               ? busiest
+               : busiest + a_.cost.reduction + static_cast<int64_t>(partials) * a_.cost.partial;
   }
 
   // starts[i] = predicted cost of requests 0 .. i - 1; returns the last.

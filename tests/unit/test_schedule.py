@@ -129,7 +129,9 @@ def test_row_tiles() -> None:
 @given(lengths, tiles, sms)
 def test_operator_holds_the_specification(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
     made = make_schedule(seq_lens, row_tiles, num_sms)
-    items, part_offsets, split_offsets = ops.schedule(torch.tensor(seq_lens, dtype=torch.int32), row_tiles, num_sms)
+    items, part_offsets, split_offsets = ops.schedule(
+        torch.tensor(seq_lens, dtype=torch.int32), row_tiles, num_sms, 64 * row_tiles
+    )
     offsets = part_offsets.tolist()
     assert items.dtype == part_offsets.dtype == split_offsets.dtype == torch.int32
     assert items.shape == (max_items(len(seq_lens), len(made.parts)), 4)
