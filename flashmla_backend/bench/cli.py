@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flashmla_backend.bench.serve.cli import serve
 from flashmla_backend.bench.steps.cli import steps
 from flashmla_backend.errors import FlashMLAError, InvalidArgument
 
 app = typer.Typer(help="Measure decode kernels and engines, ours beside others.", no_args_is_help=True)
 app.command()(steps)
+app.command()(serve)
 out, err = Console(), Console(stderr=True)
 
 GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
@@ -89,7 +91,7 @@ def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exi
 
     for path in reports:
         made = json.loads(path.read_text())
-        if not isinstance(made, dict) or "rows" not in made:
+        if not isinstance(made, dict) or "read_reduce_GBs" not in made:
             err.print(f"[bold red]{path} is no report of `flashmla bench kernels`", highlight=False)
             raise typer.Exit(2)
         present({**made, "summary": summarise(made["rows"])}, path)
