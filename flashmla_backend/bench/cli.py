@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flashmla_backend.bench.serve.cli import serve
+from flashmla_backend.bench.soak.cli import soak
 from flashmla_backend.bench.steps.cli import steps
 from flashmla_backend.errors import FlashMLAError, InvalidArgument
 
 app = typer.Typer(help="Measure decode kernels and engines, ours beside others.", no_args_is_help=True)
 app.command()(steps)
 app.command()(serve)
+app.command()(soak)
 out, err = Console(), Console(stderr=True)
 
 GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
