@@ -90,13 +90,17 @@ def kernels(
 def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exists=True, dir_okay=False)]) -> None:
     """Print reports and plot them again."""
     from flashmla_backend.bench.report import summarise
+    from flashmla_backend.bench.serve.cli import present as present_serving
 
     for path in reports:
         made = json.loads(path.read_text())
-        if not isinstance(made, dict) or "read_reduce_GBs" not in made:
-            err.print(f"[bold red]{path} is no report of `flashmla bench kernels`", highlight=False)
+        if isinstance(made, dict) and "served_by" in made and "rows" in made:
+            present_serving(made, path)
+        elif isinstance(made, dict) and "read_reduce_GBs" in made:
+            present({**made, "summary": summarise(made["rows"])}, path)
+        else:
+            err.print(f"[bold red]{path} is no report of `bench kernels` or `bench serve`", highlight=False)
             raise typer.Exit(2)
-        present({**made, "summary": summarise(made["rows"])}, path)
 
 
 def present(made: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.serve import models, report
 from flashmla_backend.bench.serve.loads import Load, make_loads
-from flashmla_backend.bench.serve.plot import plot
 from flashmla_backend.bench.serve.run import METRICS, PERCENTILES, Plan, Results, digest, who_serves
 from flashmla_backend.bench.servers import HttpServer, ServerFailed, free_port, running
 from flashmla_backend.bench.vllm_server import vllm_server
@@ -121,8 +120,10 @@ def test_report(tmp_path: Path) -> None:
     console.print("\n".join(report.lines(made)))
     for part in ("4 at once", "TRITON_MLA", "flashmla_backend serves", "least 0.750", "a note"):
         assert part in console.file.getvalue()
-    plot(made, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10000
+    (tmp_path / "serve.json").write_text(json.dumps(made))
+    shown = CliRunner().invoke(app, ["bench", "show", str(tmp_path / "serve.json")])
+    assert shown.exit_code == 0 and "4 at once" in shown.output
+    assert (tmp_path / "serve.png").stat().st_size > 10000
 
 
 def test_refusals_are_said_before_anything_starts() -> None:

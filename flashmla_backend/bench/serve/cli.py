@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -61,7 +61,6 @@ def serve(
     from flashmla_backend.bench.report import write
     from flashmla_backend.bench.serve import report
     from flashmla_backend.bench.serve.loads import make_loads
-    from flashmla_backend.bench.serve.plot import plot
     from flashmla_backend.bench.serve.run import Plan, run
     from flashmla_backend.serve import check_vllm
 
@@ -97,15 +96,23 @@ def serve(
         raise typer.Exit(2) from None
     made = report.make(results, plan, shlex.join(["flashmla", *sys.argv[1:]]), commit)
     write(made, output)
+    present(made, output)
+    if results.notes:
+        raise typer.Exit(1)
+
+
+def present(made: dict[str, Any], path: Path) -> None:
+    """A report as a table, and as a plot beside it."""
+    from flashmla_backend.bench.serve import report
+    from flashmla_backend.bench.serve.plot import plot
+
     out.print(report.table(made))
     said = report.lines(made)
     try:
-        plot(made, output.with_suffix(".png"))
-        said.append(f"plot: {output.with_suffix('.png')}")
+        plot(made, path.with_suffix(".png"))
+        said.append(f"plot: {path.with_suffix('.png')}")
     except Unsupported as error:
         said.append(str(error))
     for line in said:
         out.print(f"- {line}", highlight=False, markup=False)
-    out.print(f"report: {output}", highlight=False)
-    if results.notes:
-        raise typer.Exit(1)
+    out.print(f"report: {path}", highlight=False)
