@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from flashmla_backend.errors import FlashMLAError, InvalidArgument
 
 out, err = Console(), Console(stderr=True)
+GROWTH_MIB, GROWTH_MIB_ON_CPU = 64, 1024  # oneDNN keeps a kernel for every shape of batch it has seen
 CROWDING = 8  # by default the cache holds this part of what all clients could need
 
 
@@ -27,7 +28,9 @@ def soak(
     longest: Annotated[int, typer.Option(help="Tokens of a prompt and its answer.", min=200)] = 1024,
     blocks: Annotated[int, typer.Option(help="Of 64 tokens in the cache. [default: too few for all clients]")] = 0,
     drafts: Annotated[int, typer.Option(help="Tokens that n-gram speculation guesses.", min=1, max=7)] = 3,
-    growth: Annotated[float, typer.Option(help="MiB that memory may grow after the first third.")] = 64,
+    growth: Annotated[
+        float | None, typer.Option(help=f"MiB that memory may grow after the first third. [default: {GROWTH_MIB}]")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for the server's start.", min=1)] = 240,
     server_arguments: Annotated[str, typer.Option(help="More arguments of vLLM's server, quoted as one.")] = "",
     logs: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("bench-soak-logs"),
@@ -39,11 +42,15 @@ def soak(
     Ragged prompts, streams, cancellations, shared prefixes, preemption, n-gram speculation; and a canary prompt whose
     greedy answer, alone in its batch, must stay the same to the last bit. Exit code 1 if the soak failed.
     """
+    import torch
+
     from flashmla_backend.bench.report import write
     from flashmla_backend.bench.soak.run import Plan, failures, least_blocks, run
     from flashmla_backend.serve import check_vllm
 
     least = least_blocks(longest)
+    if growth is None:
+        growth = GROWTH_MIB if torch.cuda.is_available() else GROWTH_MIB_ON_CPU
     chosen = blocks or max(least, clients * least // CROWDING)
     try:
         check_vllm()

@@ -77,7 +77,8 @@ def run(plan: Plan, report_progress: Callable[[float, str], None]) -> Results:
 
 def arguments(plan: Plan) -> list[str]:
     """Of vLLM's server."""
-    speculation = {"method": "ngram", "num_speculative_tokens": plan.drafts, "prompt_lookup_max": 3}
+    speculation: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": plan.drafts}
+    speculation |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
     return [
         *("--dtype", plan.dtype, "--max-model-len", str(plan.longest), "--seed", "0"),
         *("--num-gpu-blocks-override", str(plan.blocks), "--max-num-seqs", str(plan.clients)),
