@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from flashmla_backend.bench.soak import watch
 from flashmla_backend.bench.soak.run import Plan, Results, failures, growths
-from flashmla_backend.bench.soak.traffic import KEPT_ERRORS, KINDS, Tally
+from flashmla_backend.bench.soak.traffic import KEPT_ERRORS, KINDS, Tally, deal
 from flashmla_backend.cli import app
 
 PLAN = Plan("embedded", "bfloat16", 30, 10, 4, 512, 12, 3, 64, 100, Path(), [])
@@ -45,6 +46,10 @@ def _idle(results: Results) -> None:
 
 def _no_streams(results: Results) -> None:
     del results.tally.answered["cancelled"]
+
+
+def test_every_kind_has_its_share() -> None:
+    assert Counter(itertools.islice(deal(), 40)) == {kind: 2 * share for kind, share in KINDS.items()}
 
 
 def test_a_soak_that_passes() -> None:

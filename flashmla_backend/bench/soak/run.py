@@ -17,7 +17,7 @@ from flashmla_backend.bench.serve.models import resolve
 from flashmla_backend.bench.serve.run import who_serves
 from flashmla_backend.bench.servers import ServerFailed, running
 from flashmla_backend.bench.soak import watch
-from flashmla_backend.bench.soak.traffic import TEXT_TOKENS, Client, Tally, complete
+from flashmla_backend.bench.soak.traffic import TEXT_TOKENS, Client, Tally, complete, deal
 from flashmla_backend.bench.vllm_server import execution, vllm_server
 from flashmla_backend.schedule import TILE_TOKENS
 
@@ -128,7 +128,8 @@ async def _soak(
             async with session.get(f"{url}/metrics") as response:
                 return await response.text()
 
-        clients = [Client(session, url, plan.longest, seed) for seed in range(1, plan.clients + 1)]
+        kinds = deal()
+        clients = [Client(session, url, kinds, plan.longest, seed) for seed in range(1, plan.clients + 1)]
         results.canaries.append(await _canary(session, url, 0))
         while (now := time.monotonic() - begin) < plan.seconds:
             until = time.monotonic() + min(plan.phase, plan.seconds - now)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,18 @@ from flashmla_backend.tokenizer import SPECIAL_TOKENS, WORDS, vocabulary
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
-# Of a hundred requests.
-KINDS = {"ragged": 30, "repeating": 20, "prefix": 20, "streamed": 15, "cancelled": 15}
+# Of twenty requests.
+KINDS = {"ragged": 6, "repeating": 4, "prefix": 4, "streamed": 3, "cancelled": 3}
 KEPT_ERRORS = 20
 FIRST_TEXT_TOKEN = len(SPECIAL_TOKENS)
 TEXT_TOKENS = range(FIRST_TEXT_TOKEN, len(vocabulary()[0]))
+
+
+def deal() -> Iterator[str]:
+    """Kinds without end, in a shuffled order in which each has its share of every twenty."""
+    deck = [kind for kind, share in KINDS.items() for _ in range(share)]
+    random.Random(0).shuffle(deck)
+    return itertools.cycle(deck)
 
 
 class WrongAnswer(Exception):
@@ -44,18 +53,19 @@ class Tally:
 class Client:
     """One of several that each ask one request after the other.
 
-    longest: tokens of prompt and answer together. seed: clients with different seeds ask different requests.
+    kinds: what to ask next, dealt to all clients. longest: tokens of prompt and answer together.
+    seed: clients with different seeds ask different requests.
     """
 
-    def __init__(self, session: ClientSession, url: str, longest: int, seed: int):
-        self.session, self.url, self.longest = session, url, longest
+    def __init__(self, session: ClientSession, url: str, kinds: Iterator[str], longest: int, seed: int):
+        self.session, self.url, self.kinds, self.longest = session, url, kinds, longest
         self.random = random.Random(seed)
         shared = random.Random(0)  # all clients share these
         self.prefixes = [shared.choices(TEXT_TOKENS, k=longest // 4 + 17 * number) for number in range(3)]
 
     async def ask(self, tally: Tally) -> None:
-        """One request of any kind, counted."""
-        (kind,) = self.random.choices(list(KINDS), list(KINDS.values()))
+        """What comes next, counted."""
+        kind = next(self.kinds)
         try:
             tokens = await getattr(self, kind)()  # apart: others add to the tally meanwhile
             tally.tokens += tokens
@@ -72,8 +82,11 @@ class Client:
         return await self._complete((phrase * self.longest)[: self.random.randint(10, self.longest // 3)])
 
     async def prefix(self) -> int:
-        tail = self.random.choices(TEXT_TOKENS, k=self.random.randint(1, self.longest // 8))
-        return await self._complete(self.random.choice(self.prefixes) + tail)
+        prefix, tokens = self.random.choice(self.prefixes), 0
+        for _ in range(2):  # the second finds the pages of the first, unless others needed them
+            tail = self.random.choices(TEXT_TOKENS, k=self.random.randint(1, self.longest // 8))
+            tokens += await self._complete(prefix + tail)
+        return tokens
 
     async def streamed(self) -> int:
         return await self._stream(leave_after=None)
