@@ -31,10 +31,10 @@ EVERYONE = "ours,naive,torch_absorbed,torch_chunked,flashmla,fa3,fa3auto,flashin
 
 @app.command()
 def kernels(
-    heads: Annotated[str, typer.Option(help=f"Query heads. [default: {GPU_DEFAULTS['heads']}]")] = "",
-    sq: Annotated[str, typer.Option(help=f"Query tokens of a request. [default: {GPU_DEFAULTS['s_q']}]")] = "",
-    batch: Annotated[str, typer.Option(help=f"Requests. [default: {GPU_DEFAULTS['batch']}]")] = "",
-    lens: Annotated[str, typer.Option(help=f"Tokens in the cache. [default: {GPU_DEFAULTS['lens']}]")] = "",
+    heads: Annotated[str, typer.Option(help="Query heads.", show_default=GPU_DEFAULTS["heads"])] = "",
+    sq: Annotated[str, typer.Option(help="Query tokens of a request.", show_default=GPU_DEFAULTS["s_q"])] = "",
+    batch: Annotated[str, typer.Option(help="Requests.", show_default=GPU_DEFAULTS["batch"])] = "",
+    lens: Annotated[str, typer.Option(help="Tokens in the cache.", show_default=GPU_DEFAULTS["lens"])] = "",
     kinds: Annotated[str, typer.Option(help="Lengths of a batch: fixed, var, or both.")] = ",".join(KINDS),
     impls: Annotated[str, typer.Option(help="Who is measured, where it can run.")] = EVERYONE,
     budget: Annotated[float, typer.Option(help="Seconds; shapes that do not fit are left out, and said so.")] = 600,

@@ -28,17 +28,20 @@ ON_CPU = {"model": "embedded", "backends": "ours", "rates": "1", "concurrency": 
 
 def serve(
     model: Annotated[
-        str, typer.Option(help="v2-lite or v3-attention (weights made up), embedded, or a folder. [default: v2-lite]")
+        str,
+        typer.Option(
+            help="v2-lite or v3-attention (weights made up), embedded, or a folder.", show_default=ON_GPU["model"]
+        ),
     ] = "",
-    backends: Annotated[str, typer.Option(help=f"ours, and vLLM's own. [default: {ON_GPU['backends']}]")] = "",
-    rates: Annotated[str | None, typer.Option(help=f"Requests a second. [default: {ON_GPU['rates']}]")] = None,
+    backends: Annotated[str, typer.Option(help="ours, and vLLM's own.", show_default=ON_GPU["backends"])] = "",
+    rates: Annotated[str | None, typer.Option(help="Requests a second.", show_default=ON_GPU["rates"])] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help=f"Requests at once. [default: {ON_GPU['concurrency']}]")
+        str | None, typer.Option(help="Requests at once.", show_default=ON_GPU["concurrency"])
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long requests arrive at each rate.", min=1)] = 10,
     rounds: Annotated[int, typer.Option(help="Prompts are so many times the requests at once.", min=1)] = 3,
-    input_tokens: Annotated[int, typer.Option(help=f"Of a prompt. [default: {ON_GPU['input']}]", min=0)] = 0,
-    output_tokens: Annotated[int, typer.Option(help=f"Of an answer. [default: {ON_GPU['output']}]", min=0)] = 0,
+    input_tokens: Annotated[int, typer.Option(help="Of a prompt.", show_default=ON_GPU["input"], min=0)] = 0,
+    output_tokens: Annotated[int, typer.Option(help="Of an answer.", show_default=ON_GPU["output"], min=0)] = 0,
     spread: Annotated[float, typer.Option(help="Of both lengths, as a part of them.", min=0, max=0.99)] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
     compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,

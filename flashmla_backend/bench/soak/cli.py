@@ -26,10 +26,10 @@ def soak(
     dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
     clients: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 16,
     longest: Annotated[int, typer.Option(help="Tokens of a prompt and its answer.", min=200)] = 1024,
-    blocks: Annotated[int, typer.Option(help="Of 64 tokens in the cache. [default: too few for all clients]")] = 0,
+    blocks: Annotated[int, typer.Option(help="Of 64 tokens in the cache.", show_default="too few for all clients")] = 0,
     drafts: Annotated[int, typer.Option(help="Tokens that n-gram speculation guesses.", min=1, max=7)] = 3,
     growth: Annotated[
-        float | None, typer.Option(help=f"MiB that memory may grow after the first third. [default: {GROWTH_MIB}]")
+        float | None, typer.Option(help="MiB that memory may grow after the first third.", show_default=str(GROWTH_MIB))
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for the server's start.", min=1)] = 240,
     server_arguments: Annotated[str, typer.Option(help="More arguments of vLLM's server, quoted as one.")] = "",
