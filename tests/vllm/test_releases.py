@@ -38,7 +38,7 @@ def test_the_installed_vllm_is_as_recorded() -> None:
     installed = record(Path(vllm.__file__).parents[1])
     assert problems(installed, NEEDS, on_cpu=True) == []
     recorded = RECORDS[release_of(vllm.__version__)]
-    for part in ("names", "abstract", "calls"):
+    for part in ("imported", "names", "abstract", "calls"):
         assert installed[part] == recorded[part]
 
 
@@ -71,6 +71,10 @@ def _abstract(made: dict[str, Any]) -> None:
     made["abstract"][f"{MLA}.MLACommonImpl"].append("forward_sparse")
 
 
+def _not_imported(made: dict[str, Any]) -> None:
+    made["imported"] = "ImportError: no such name"
+
+
 def _unrecorded(made: dict[str, Any]) -> None:
     del made["names"]["vllm.logger.init_logger"]
 
@@ -84,6 +88,7 @@ def _unrecorded(made: dict[str, Any]) -> None:
         (_called_with_more, "our forward_mqa(q, kv_c_and_k_pe_cache, attn_metadata, layer) takes no"),
         (_overridden_with_more, "takes not all of"),
         (_abstract, "forward_sparse is abstract and not ours"),
+        (_not_imported, "our classes gave ImportError"),
         (_unrecorded, "record the releases anew"),
     ],
 )

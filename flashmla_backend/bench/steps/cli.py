@@ -24,10 +24,10 @@ ON_CPU = {"models": "tiny", "backends": "ours", "points": "4x128,1x1K+3x64"}
 
 
 def steps(
-    models: Annotated[str, typer.Option(help="Of v2-lite, v3-attention and tiny. [default: on a CPU tiny]")] = "",
-    backends: Annotated[str, typer.Option(help="ours, and vLLM's own by name. [default: on a CPU ours]")] = "",
-    points: Annotated[str, typer.Option(help="Batches as requests x tokens. [default: on a CPU smaller ones]")] = "",
-    dtype: Annotated[str, typer.Option(help="Of model and cache. [default: bfloat16]")] = "bfloat16",
+    models: Annotated[str, typer.Option(help="Of v2-lite, v3-attention and tiny.", show_default=ON_GPU["models"])] = "",
+    backends: Annotated[str, typer.Option(help="ours, and vLLM's own by name.", show_default=ON_GPU["backends"])] = "",
+    points: Annotated[str, typer.Option(help="Batches as requests x tokens.", show_default=ON_GPU["points"])] = "",
+    dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
     warmup: Annotated[int, typer.Option(help="Steps before the measured ones.", min=1)] = 8,
     windows: Annotated[int, typer.Option(help="Windows, whose median counts.", min=1)] = 3,
     window: Annotated[int, typer.Option(help="Steps of a window.", min=1)] = 16,
@@ -40,7 +40,8 @@ def steps(
 ) -> None:
     """Time decode steps of vLLM, backend by backend, and compare their answers.
 
-    On a GPU under full CUDA graphs; contexts are filled, not prefilled. Exit code 1 if a backend failed.
+    On a GPU under full CUDA graphs; contexts are filled, not prefilled. Defaults are smaller on a
+    CPU. Exit code 1 if a backend failed.
     """
     import torch
 

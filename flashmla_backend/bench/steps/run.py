@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,10 +14,9 @@ import torch
 
 from flashmla_backend import doctor
 from flashmla_backend.bench import backends
+from flashmla_backend.bench.child import last_lines, run_child
 from flashmla_backend.bench.steps.models import write_config
 from flashmla_backend.bench.steps.points import Point
-
-LAST_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results
             report_progress(index * per_child + seen, len(pairs) * per_child, f"{who}: {what}")
             seen += 1
 
-        answer, problem = run_child(plan, model, backend, progressed)
+        answer, problem = run_backend(plan, model, backend, progressed)
         if problem:
             results.notes.append(f"{model}, {backend}: {problem}")
         if answer is not None:
@@ -75,7 +69,7 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results
     return results
 
 
-def run_child(
+def run_backend(
     plan: Plan, model: str, backend: str, progressed: Callable[[str], None]
 ) -> tuple[dict[str, Any] | None, str | None]:
     """What the child answered, if anything, and what went wrong, if anything."""
@@ -97,33 +91,12 @@ def run_child(
         }
         request_path, answer_path = folder / "request.json", folder / "answer.json"
         request_path.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "flashmla_backend.bench.steps.child", str(request_path), str(answer_path)]
-        with (
-            log_path.open("w") as log,
-            subprocess.Popen(
-                command,
-                env={**os.environ, **environment},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            ) as child,
-        ):
-            watchdog = threading.Timer(plan.timeout_s, os.killpg, (child.pid, signal.SIGKILL))
-            watchdog.start()
-            assert child.stdout is not None
-            for line in child.stdout:
-                log.write(line)
-                if line.startswith("@ "):
-                    progressed(line[2:].strip())
-            code = child.wait()
-            watchdog.cancel()
+        arguments = ["flashmla_backend.bench.steps.child", str(request_path), str(answer_path)]
+        code = run_child(arguments, environment, log_path, plan.timeout_s, progressed)
         answer = json.loads(answer_path.read_text()) if answer_path.exists() else None
     if code == 0:
         return answer, None
-    last = "\n".join(log_path.read_text().splitlines()[-LAST_LINES:])
-    return answer, f"ended with code {code} ({log_path}):\n{last}"
+    return answer, f"ended with code {code} ({log_path}):\n{last_lines(log_path)}"
 
 
 def engine_arguments(plan: Plan) -> dict[str, Any]:

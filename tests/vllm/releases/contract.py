@@ -1,18 +1,25 @@
 """What our classes rely on in vLLM: derived from our own source, recorded from vLLM's, and the two compared.
 
-A record holds for one release what stands behind every name that our source imports, overrides or reads, and how vLLM
-calls what we override. It is checked against our source as it is now, so CI needs no wheel of any release.
+A record holds for one release what stands behind every name that our source imports, overrides or reads, how vLLM
+calls what we override, and what came of importing our classes with it. It is checked against our source as it is now,
+so CI needs no wheel of any release.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from flashmla_backend.integration.vllm import plugin
 
 from .source import Source, arguments, base_names, parameters
 
@@ -22,6 +29,8 @@ CPU_ONLY = "integration.vllm.platform"
 
 MLA = "vllm.model_executor.layers.attention.mla_attention"
 REGISTRY = "vllm.v1.attention.backends.registry"
+
+IMPORTED = {"claimed": plugin.BACKEND_PATH, "abstract": [], "refusals": []}
 
 # What our source reads of objects whose class it does not spell.
 READ = {
@@ -144,10 +153,25 @@ def record(root: Path) -> dict[str, Any]:
     methods = sorted({path.rpartition(".")[2] for path in needs.overrides} - {"__init__"})
     return {
         "vllm": version[1],
+        "imported": _imported(root),
         "names": {path: vllm.lookup(path) for path in sorted(needs.names)},
         "abstract": {base: _abstract(vllm, base) for base in sorted(needs.bases)},
         "calls": {name: sorted(vllm.calls(name)) for name in methods},
     }
+
+
+def _imported(root: Path) -> dict[str, Any] | str:
+    """What claim.py says with the vLLM below a folder, or how it ended."""
+    places = os.pathsep.join([str(root), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.releases.claim"],
+        env={**os.environ, "PYTHONPATH": places, "VLLM_TARGET_DEVICE": "cpu"},  # its compiled parts are not there
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    found = [line for line in ran.stdout.splitlines() if line.startswith('{"claimed"')]
+    return json.loads(found[0]) if found else ran.stderr.strip().splitlines()[-1]
 
 
 def _abstract(vllm: Source, base: str) -> list[str]:
@@ -158,6 +182,8 @@ def _abstract(vllm: Source, base: str) -> list[str]:
 def problems(record: dict[str, Any], needs: Needs, *, on_cpu: bool) -> list[str]:
     """Why our source as it is now does not fit a release, in words; nothing if it fits."""
     names, found = record["names"], []
+    if record["imported"] != IMPORTED:
+        found.append(f"imported, our classes gave {record['imported']} instead of {IMPORTED}")
     asked = [path for path, cpu_only in needs.names.items() if on_cpu or not cpu_only]
     found += [f"{path} was never recorded: record the releases anew" for path in asked if path not in names]
     there = {path for path in asked if names.get(path)}
