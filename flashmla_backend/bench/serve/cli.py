@@ -61,7 +61,7 @@ def serve(
     import torch
 
     from flashmla_backend.bench import backends as known
-    from flashmla_backend.bench.report import write
+    from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.serve import report
     from flashmla_backend.bench.serve.loads import make_loads
     from flashmla_backend.bench.serve.run import Plan, run

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.backends import OURS
-from flashmla_backend.bench.report import git_commit
+from flashmla_backend.bench.provenance import git_commit
 from flashmla_backend.bench.serve.run import Plan, Results
 from flashmla_backend.bench.steps.run import vllm_version
 

@@ -44,7 +44,7 @@ def soak(
     """
     import torch
 
-    from flashmla_backend.bench.report import write
+    from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.soak.run import Plan, failures, least_blocks, run
     from flashmla_backend.serve import check_vllm
 
@@ -81,7 +81,7 @@ def _summary(plan: Any, results: Any, failed: list[str], command: str, commit: s
     import torch
 
     from flashmla_backend.bench import machine
-    from flashmla_backend.bench.report import git_commit
+    from flashmla_backend.bench.provenance import git_commit
     from flashmla_backend.bench.soak.run import growths
     from flashmla_backend.bench.steps.run import vllm_version
 

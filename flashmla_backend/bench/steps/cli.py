@@ -46,7 +46,7 @@ def steps(
     import torch
 
     from flashmla_backend.bench import backends as known
-    from flashmla_backend.bench.report import write
+    from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.steps import points as batches
     from flashmla_backend.bench.steps import report
     from flashmla_backend.bench.steps.run import Plan, run

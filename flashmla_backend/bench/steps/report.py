@@ -16,7 +16,7 @@ from rich.table import Table
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.backends import OURS, REFERENCES
-from flashmla_backend.bench.report import git_commit
+from flashmla_backend.bench.provenance import git_commit
 from flashmla_backend.bench.steps.points import Point
 from flashmla_backend.bench.steps.run import Results, vllm_version
 
