@@ -11,7 +11,8 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
 2. **Level.** All requests are laid end to end and cut wherever a part's equal share of the cost ends: the loads of two
    parts differ by a page or two and an item. Good for ragged batches.
 3. **Choose.** "No cut", for m = 1 .. MAX_ROUNDS the smallest cap that yields at most m pieces per part, and level are
-   tried; the cost model picks the cheapest (busiest part + reduction), the first of these on a tie.
+   tried; the cost model picks the cheapest (busiest part, or reading all pages if that takes longer, + reduction),
+   the first of these on a tie.
 
 Short requests are never cut: a second piece costs a prologue and a reduction, more than it saves.
 
@@ -42,19 +43,23 @@ class WorkItem(NamedTuple):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Predicted nanoseconds on an H100 with all SMs busy; only their ratios steer the schedule."""
+    """Predicted nanoseconds on an H100; only their ratios steer the schedule."""
 
-    page: int = 1600  # one 64-token page when two or more row tiles share its trip through HBM
-    lone_page: int = 3200  # the same when a single row tile reads it
-    item: int = 2500  # prologue (Q, first page) and epilogue of one work item
+    page: int = 1800  # one 64-token page in a part that need not wait for memory
+    item: int = 2400  # prologue (Q, first page) and epilogue of one work item
     empty_item: int = 300  # a request without tokens only stores zeros
+    memory: int = 24  # reading one page, when all parts share the memory: they finish together, whoever is ahead
     reduction: int = 1300  # launching the combine ...
     partial_row: int = 2  # ... and storing and reading back one row of a partial result, 2 KB
 
-    def of_item(self, pages: int, row_tiles: int) -> int:
-        if pages == 0:
-            return self.empty_item
-        return self.item + pages * (self.lone_page if row_tiles == 1 else self.page)
+    def of_item(self, pages: int) -> int:
+        return self.item + pages * self.page if pages else self.empty_item
+
+    def of_parts(self, loads: Sequence[int], pages: int) -> int:
+        """The busiest part; or, where memory is too slow for all parts, reading all pages and half of what the busiest
+        part has more than the mean: it reads faster once others are done."""
+        most, mean = max(loads), sum(loads) // len(loads)
+        return max(most, pages * self.memory + (most - mean) // 2)
 
     def of_partial(self, rows: int) -> int:
         return min(rows * self.partial_row, 65535)  # as much as the device takes
@@ -74,10 +79,10 @@ class Schedule:
     parts: tuple[tuple[WorkItem, ...], ...]
     split_offsets: tuple[int, ...]
 
-    def loads(self, row_tiles: int, cost: CostModel | None = None) -> list[int]:
+    def loads(self, cost: CostModel | None = None) -> list[int]:
         """Predicted nanoseconds of each part."""
         model = cost or CostModel()
-        return [sum(model.of_item(i.page_end - i.page_begin, row_tiles) for i in part) for part in self.parts]
+        return [sum(model.of_item(i.page_end - i.page_begin) for i in part) for part in self.parts]
 
 
 def pages_of(tokens: int) -> int:
@@ -117,13 +122,13 @@ def make_schedule(
     model = cost or CostModel()
     pages = [pages_of(n) for n in seq_lens]
     parts = num_parts(num_sms, row_tiles)
-    proposals = [deal(cut(pages, cap), parts, row_tiles, model) for cap in candidate_caps(pages, parts)]
-    if (levelled := level(pages, parts, row_tiles, model)) is not None:
+    proposals = [deal(cut(pages, cap), parts, model) for cap in candidate_caps(pages, parts)]
+    if (levelled := level(pages, parts, model)) is not None:
         proposals.append(levelled)
     counts, hands = min(
         ((piece_counts(hands, len(pages)), hands) for hands in proposals),
         key=lambda proposal: (
-            busiest(proposal[1], row_tiles, model)
+            model.of_parts([sum(model.of_item(p.end - p.begin) for p in hand) for hand in proposal[1]], sum(pages))
             + model.of_reduction(sum(count for count in proposal[0] if count > 1), rows or TILE_ROWS * row_tiles)
         ),
     )
@@ -161,9 +166,9 @@ def piece_counts(hands: Hands, batch: int) -> list[int]:
     return counts
 
 
-def busiest(hands: Hands, row_tiles: int, cost: CostModel) -> int:
+def busiest(hands: Hands, cost: CostModel) -> int:
     """The greatest load of a part."""
-    return max(sum(cost.of_item(p.end - p.begin, row_tiles) for p in hand) for hand in hands)
+    return max(sum(cost.of_item(p.end - p.begin) for p in hand) for hand in hands)
 
 
 def piece_count(pages: int, cap: int) -> int:
@@ -198,11 +203,11 @@ def candidate_caps(pages: Sequence[int], parts: int) -> list[int]:
     return sorted(caps, reverse=True)
 
 
-def deal(pieces: Sequence[Piece], parts: int, row_tiles: int, cost: CostModel) -> Hands:
+def deal(pieces: Sequence[Piece], parts: int, cost: CostModel) -> Hands:
     """Give every part its pieces, costliest first."""
     hands: Hands = [[] for _ in range(parts)]
     loads = [0] * parts
-    costs = {piece: cost.of_item(piece.end - piece.begin, row_tiles) for piece in pieces}
+    costs = {piece: cost.of_item(piece.end - piece.begin) for piece in pieces}
     by_cost = sorted(pieces, key=lambda p: (-costs[p], p.request, p.number))
     for start in range(0, len(by_cost), parts):
         least_loaded = sorted(range(parts), key=lambda part: (loads[part], part))
@@ -212,23 +217,22 @@ def deal(pieces: Sequence[Piece], parts: int, row_tiles: int, cost: CostModel) -
     return hands
 
 
-def level(pages: Sequence[int], parts: int, row_tiles: int, cost: CostModel) -> Hands | None:
+def level(pages: Sequence[int], parts: int, cost: CostModel) -> Hands | None:
     """Lay the requests end to end and cut at every part's equal share; None where the pieces would be too many or
     too small."""
     if len(pages) + parts > MAX_ROUNDS * parts:
         return None
-    page = cost.of_item(1, row_tiles) - cost.item
     starts = [0]
     for n in pages:
-        starts.append(starts[-1] + cost.of_item(n, row_tiles))
+        starts.append(starts[-1] + cost.of_item(n))
     share = -(-starts[-1] // parts)
-    if share < cost.item + MIN_SPLIT_PAGES * page:
+    if share < cost.item + MIN_SPLIT_PAGES * cost.page:
         return None
 
     hands: Hands = []
     request = begin = number = 0
     for part in range(1, parts + 1):
-        last, end = cut_at(part * share, pages, starts, cost.item, page)
+        last, end = cut_at(part * share, pages, starts, cost)
         hand = []
         while (request, begin) < (last, end):
             stop = end if request == last else pages[request]
@@ -241,13 +245,13 @@ def level(pages: Sequence[int], parts: int, row_tiles: int, cost: CostModel) -> 
     return hands
 
 
-def cut_at(position: int, pages: Sequence[int], starts: Sequence[int], item: int, page: int) -> tuple[int, int]:
+def cut_at(position: int, pages: Sequence[int], starts: Sequence[int], cost: CostModel) -> tuple[int, int]:
     """Request and page where the line of requests is cut: the last page boundary at or before `position`, moved to the
     request's begin or end where a piece would be smaller than MIN_SPLIT_PAGES."""
     if position >= starts[-1]:
         return len(pages), 0
     request = bisect_right(starts, position) - 1
-    own = max(position - starts[request] - item, 0) // page
+    own = max(position - starts[request] - cost.item, 0) // cost.page
     if own < MIN_SPLIT_PAGES:
         return request, 0
     return (request, own) if pages[request] - own >= MIN_SPLIT_PAGES else (request + 1, 0)

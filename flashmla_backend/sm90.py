@@ -20,11 +20,10 @@ PAGE_SIZES = (64, 128, 256)
 
 
 @cache
-def cost_of(row_tiles: int, rows: int) -> tuple[int, int, int, int, int]:
-    """`flashmla_cost_model` for a number of row tiles and of query rows."""
+def cost_of(rows: int) -> tuple[int, int, int, int, int, int]:
+    """`flashmla_cost_model` for a number of query rows."""
     cost = CostModel()
-    page = cost.lone_page if row_tiles == 1 else cost.page
-    return page, cost.item, cost.empty_item, cost.reduction, cost.of_partial(rows)
+    return cost.page, cost.item, cost.empty_item, cost.memory, cost.reduction, cost.of_partial(rows)
 
 
 def schedule(
@@ -42,7 +41,7 @@ def schedule(
         seq_lens.device,
         seq_lens.shape[0],
         part_offsets.shape[0] - 1,
-        cost_of(row_tiles, rows),
+        cost_of(rows),
         seq_lens.data_ptr(),
         items.data_ptr(),
         part_offsets.data_ptr(),

@@ -127,12 +127,12 @@ void naive_decode(int dtype, std::array<int, 4> shape, int page_size, int num_pa
   check(flashmla_naive_decode(&p));
 }
 
-void schedule(int batch, int num_parts, std::array<int, 5> cost, uintptr_t seq_lens,
+void schedule(int batch, int num_parts, std::array<int, 6> cost, uintptr_t seq_lens,
               uintptr_t items, uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t stream) {
   flashmla_schedule_params p{};
   p.batch = batch;
   p.num_parts = num_parts;
-  p.cost = {cost[0], cost[1], cost[2], cost[3], cost[4]};
+  p.cost = {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5]};
   p.seq_lens = pointer<const int32_t>(seq_lens);
   p.items = pointer<int32_t>(items);
   p.part_offsets = pointer<int32_t>(part_offsets);

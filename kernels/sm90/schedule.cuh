@@ -115,7 +115,7 @@ class Scheduler {
     const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
     cut(cap);
     sort(cap > kMinSplitPages ? cap : 2 * kMinSplitPages - 1);
-    return with_reduction(deal());
+    return total_cost(deal());
   }
 
   // Writes the proposed schedule out.
@@ -222,22 +222,28 @@ class Scheduler {
                              ? boundaries.position[part + 1] - boundaries.position[part] +
                                    (inside ? a_.cost.item : 0)
                              : 0;
-    return with_reduction(block_max(load));
+    return total_cost(load);
   }
 
-  // Adds what merging the partial results costs.
-  __device__ int64_t with_reduction(int64_t busiest) {
+  // Predicted cost of the proposal from the load of this thread's part, 0 if it has none: parts
+  // that wait for memory finish nearly together, and partial results are merged.
+  __device__ int64_t total_cost(int64_t load) {
+    const int64_t most = block_max(load), mean = block_sum(load) / a_.parts;
     int partials = 0;
+    int64_t pages = 0;
     for (int i = thread_; i < a_.batch; i += kThreads) {
       const int count = w_.first_piece[i + 1] - w_.first_piece[i];
       partials += count > 1 ? count : 0;
+      pages += w_.pages[i];
     }
+    const int64_t reading = block_sum(pages) * a_.cost.memory + (most - mean) / 2;
+    const int64_t cost = reading > most ? reading : most;
     partials = __reduce_add_sync(kAllLanes, partials);
     const int* values = exchange(partials, lane_ == 0);
     partials = __reduce_add_sync(kAllLanes, values[lane_]);
     return partials == 0
-               ? busiest
-               : busiest + a_.cost.reduction + static_cast<int64_t>(partials) * a_.cost.partial;
+               ? cost
+               : cost + a_.cost.reduction + static_cast<int64_t>(partials) * a_.cost.partial;
   }
 
   // starts[i] = predicted cost of requests 0 .. i - 1; returns the last.
@@ -386,7 +392,7 @@ class Scheduler {
   }
 
   // Deals the sorted pieces in rounds, the costliest of a round to the least loaded part. Returns
-  // the load of the busiest part.
+  // the load of the part that this thread leads, 0 if it leads none.
   __device__ int64_t deal() {
     int lanes = 32;  // that share the ranking of one part
     while (lanes * a_.parts > kThreads) lanes /= 2;
@@ -416,7 +422,7 @@ class Scheduler {
       w_.fixed->load_keys[buffer ^ 1][part] = load << 9 | part;
     }
     if (leads) w_.fixed->part_items[part] = items;
-    return block_max(load);
+    return load;
   }
 
   __device__ __forceinline__ int pages_at(int position) const {
@@ -481,6 +487,16 @@ class Scheduler {
     if (lane_ == 0) w_.fixed->wide_values[warp_] = value;
     __syncthreads();
     return warp_max(w_.fixed->wide_values[lane_]);
+  }
+
+  __device__ int64_t block_sum(int64_t value) {
+    for (int step = 1; step < 32; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+    __syncthreads();  // earlier values have been read
+    if (lane_ == 0) w_.fixed->wide_values[warp_] = value;
+    __syncthreads();
+    int64_t sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) sum += w_.fixed->wide_values[warp];
+    return sum;
   }
 
   __device__ static int64_t warp_max(int64_t value) {

@@ -42,7 +42,7 @@ DECODE = {
 SCHEDULE = {
     "batch": 2,
     "num_parts": 132,
-    "cost": sm90.cost_of(1, 64),
+    "cost": sm90.cost_of(64),
     "seq_lens": 4,
     "items": 16,
     "part_offsets": 4,
@@ -91,8 +91,8 @@ def test_decode(changes: dict, message: str) -> None:
         ({"num_parts": 513}, "num_parts is 513; accepted: 1 to 512"),
         ({"items": 4}, "items is at 0x4"),
         ({"seq_lens": 0}, "seq_lens is null"),
-        ({"cost": (0, 1, 1, 1, 1)}, r"cost\.page is 0; accepted: 1 to 65535"),
-        ({"cost": (1, 1, 5, 1, 1)}, r"cost\.empty_item is 5; accepted: less than cost\.item \+ cost\.page, 2"),
+        ({"cost": (0, 1, 1, 1, 1, 1)}, r"cost\.page is 0; accepted: 1 to 65535"),
+        ({"cost": (1, 1, 5, 1, 1, 1)}, r"cost\.empty_item is 5; accepted: less than cost\.item \+ cost\.page, 2"),
     ],
 )
 def test_schedule(changes: dict, message: str) -> None:

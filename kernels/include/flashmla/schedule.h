@@ -18,9 +18,10 @@ enum {
 
 // Predicted nanoseconds, each 1 .. 65535; only their ratios steer the schedule.
 typedef struct flashmla_cost_model {
-  int page;        // one 64-token page
+  int page;        // one 64-token page, in a part that need not wait for memory
   int item;        // prologue and epilogue of one work item
   int empty_item;  // a request without tokens; less than item + page
+  int memory;      // reading one page, when all parts share the memory
   int reduction;   // launching the combine ...
   int partial;     // ... and storing and reading back each partial result
 } flashmla_cost_model;
