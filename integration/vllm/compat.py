@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashmla_backend.errors import Unsupported
+from .. import claim
 
 if TYPE_CHECKING:
     import torch
@@ -26,18 +26,7 @@ NEWEST = (0, 33)
 
 def check_version(found: str, *, oldest: tuple[int, int] = OLDEST) -> None:
     """Raises Unsupported unless vLLM `found` (its `__version__`) lies in oldest .. NEWEST."""
-    from packaging.version import InvalidVersion, Version
-
-    accepted = f"{_dotted(oldest)} to {_dotted(NEWEST)}"
-    way_out = f"install one of those, or set FLASHMLA_BACKEND_DISABLE=1 to run vLLM {found} on its own"
-    try:
-        release = Version(found).release[:2]
-    except InvalidVersion:
-        raise Unsupported(
-            f"vLLM's version is {found!r}, which is no version number; vLLM {accepted} works: {way_out}"
-        ) from None
-    if not oldest <= release <= NEWEST:
-        raise Unsupported(f"vLLM {found} is not supported; vLLM {accepted} works: {way_out}")
+    claim.check_version("vLLM", found, oldest, NEWEST)
 
 
 def uniform_query_len(query_start_loc: torch.Tensor) -> int:
@@ -46,7 +35,3 @@ def uniform_query_len(query_start_loc: torch.Tensor) -> int:
     All requests of a decode batch have equally many, except rows of padding, which have none.
     """
     return int((query_start_loc[1:] - query_start_loc[:-1]).max())
-
-
-def _dotted(release: tuple[int, int]) -> str:
-    return ".".join(map(str, release))
