@@ -14,7 +14,7 @@ from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, 
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, describe
-from flashmla_backend.schedule import max_splits, num_parts, row_tiles_of
+from flashmla_backend.schedule import max_items, max_splits, num_parts, row_tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,10 @@ def plan_decode(
         page_size: tokens per page of the cache: 16, 32, 64, 128 or 256; the Hopper kernels take 64, 128 and 256.
         causal: mask bottom-right: query i sees tokens up to len - s_q + i.
         num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
-        reuse: an earlier plan of the same shapes, whose buffers then hold the new schedule; the earlier plan is of no
-            use any more. Layers captured in a CUDA graph with that plan read the new schedule when replayed; they
-            also read `seq_lens` and `block_table` where these lay at capture, so keep both in persistent tensors.
+        reuse: an earlier plan of the same shapes, made for at least as many requests, whose buffers then hold the new
+            schedule; it can be reused again, and is of no other use any more. Layers captured in a CUDA graph with
+            that plan read the new schedule when replayed; they also read `seq_lens` and `block_table` where these
+            lay at capture, so keep both in persistent tensors.
 
     Returns:
         A plan: same lengths, shapes and `num_sms`, same plan.
@@ -117,8 +118,10 @@ def plan_decode(
         partial_out, partial_lse = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv)
         return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, partial_out, partial_lse, **shape)
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
-    ops.schedule_into(seq_lens, row_tiles, num_sms, reuse.items, reuse.part_offsets, reuse.split_offsets)
-    return replace(reuse, seq_lens=seq_lens, block_table=block_table)
+    batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
+    items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
+    ops.schedule_into(seq_lens, row_tiles, num_sms, items, reuse.part_offsets, split_offsets)
+    return replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
 
 
 def make_workspaces(path: str, part_offsets: torch.Tensor, rows: int, h_kv: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,11 +134,14 @@ def make_workspaces(path: str, part_offsets: torch.Tensor, rows: int, h_kv: int)
 def check_reusable(
     reuse: DecodePlan, seq_lens: torch.Tensor, row_tiles: int, num_sms: int, shape: dict[str, Any]
 ) -> None:
-    made_for = {"batch": reuse.batch, "parts": reuse.part_offsets.shape[0] - 1, "device": reuse.items.device}
+    made_for = {"parts": reuse.part_offsets.shape[0] - 1, "device": reuse.items.device}
     made_for |= {name: getattr(reuse, name) for name in shape}
-    wanted = {"batch": seq_lens.shape[0], "parts": num_parts(num_sms, row_tiles), "device": seq_lens.device} | shape
-    if made_for != wanted:
-        raise InvalidArgument(f"reuse was made for {made_for}; accepted for this step: {wanted}")
+    wanted = {"parts": num_parts(num_sms, row_tiles), "device": seq_lens.device} | shape
+    if made_for != wanted or reuse.batch < seq_lens.shape[0]:
+        raise InvalidArgument(
+            f"reuse was made for {reuse.batch} requests, {made_for}; accepted for this step: {seq_lens.shape[0]} or "
+            f"more requests, {wanted}"
+        )
 
 
 def mla_decode(
