@@ -33,6 +33,13 @@ def path_of(device: torch.device) -> Path:
     return path
 
 
+def path_name(device: torch.device) -> str:
+    """`path_of` in words, for logs."""
+    names: dict[Path, str] = {"cpu": "CPU reference path", "flashinfer": "FlashInfer's kernels"}
+    path = path_of(device)
+    return names.get(path) or f"{native.build_info().arch} kernels"
+
+
 def _choose(device: torch.device) -> Path:
     if device.type == "cpu":
         return "cpu"
