@@ -58,8 +58,8 @@ class FlashMLABackend(PrefillBackend):
             super().init_forward_metadata(forward_batch)
         elif forward_batch.batch_size:
             if self._eager is None or self._eager.rows < forward_batch.batch_size:
-                rows = max(forward_batch.batch_size, self.req_to_token.shape[0])
-                self._eager = StepBuffers(self.req_to_token, rows, self.h_q)
+                power_of_two = 1 << (forward_batch.batch_size - 1).bit_length()  # so that they rarely grow
+                self._eager = StepBuffers(self.req_to_token, power_of_two, self.h_q)
             self.forward_metadata = self._plan(self._eager, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:

@@ -15,11 +15,13 @@ if is_cuda():
 else:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    class PrefillBackend(TorchNativeAttnBackend):
+    class TorchPrefill(TorchNativeAttnBackend):
         """SGLang's torch backend with the constructor of its Triton backend."""
 
         def __init__(self, model_runner: Any, skip_prefill: bool = False) -> None:
             super().__init__(model_runner)
+
+    PrefillBackend = TorchPrefill
 
     def dispatch(attn: Any, forward_batch: Any) -> Any:
         """Absorbed attention always: the torch backend finds keys and values in the latent cache only."""

@@ -6,8 +6,6 @@ hands out whole pages, so with pages of a multiple of 64 tokens the slot of ever
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from flashmla_backend import DecodePlan, plan_decode

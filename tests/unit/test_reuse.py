@@ -46,7 +46,7 @@ def test_other_shapes_are_refused(changes: dict, message: str) -> None:
 def test_a_larger_batch_is_refused() -> None:
     problem = make_problem([1000, 3, 0], h_q=8)
     plan = flashmla_backend.plan_decode(problem.seq_lens[:2], problem.block_table[:2], **SHAPE)
-    with pytest.raises(InvalidArgument, match="reuse was made for 2 requests.*accepted for this step: 3 or more"):
+    with pytest.raises(InvalidArgument, match=r"reuse was made for 2 requests.*accepted for this step: 3 or more"):
         flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE, reuse=plan)
 
 

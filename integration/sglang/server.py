@@ -1,0 +1,15 @@
+"""`python -m flashmla_backend.integration.sglang.server ARGUMENTS`: SGLang's server, also without a GPU.
+
+SGLang starts its workers by importing this module anew in each, so what stands at the top runs there as well.
+"""
+
+from __future__ import annotations
+
+import runpy
+
+from flashmla_backend.integration.sglang import cpu
+
+cpu.prepare()
+
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
