@@ -31,8 +31,8 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
     "sglang.srt.models.deepseek_common.attention_backend_handler": {
         "AttentionBackendRegistry.register": ("backend_name", "handler_func"),
         "handle_attention_triton": ("attn", "forward_batch"),
-        "AttnForwardMethod.MLA": (),
     },
+    "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods": {"AttnForwardMethod.MLA": ()},
     f"{_ATTENTION}.base_attn_backend": {
         "AttentionBackend.init_forward_metadata": ("forward_batch",),
         "AttentionBackend.init_forward_metadata_out_graph": ("forward_batch", "in_capture"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.models.deepseek_common.attention_backend_handler import AttnForwardMethod, handle_attention_triton
+from sglang.srt.models.deepseek_common.attention_backend_handler import handle_attention_triton
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 from sglang.srt.utils import is_cuda
 
 if is_cuda():

@@ -5,6 +5,7 @@ SGLang starts its workers by importing this module anew in each, so what stands 
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 
 from flashmla_backend.integration.sglang import cpu
@@ -12,4 +13,5 @@ from flashmla_backend.integration.sglang import cpu
 cpu.prepare()
 
 if __name__ == "__main__":
-    runpy.run_module("sglang.launch_server", run_name="__main__")
+    with contextlib.suppress(KeyboardInterrupt):  # the server has shut down when it lets it through
+        runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -57,6 +57,7 @@ def test_tokens_equal_transformers(
         context_length=MAX_LENGTH,
         max_running_requests=16,
         max_total_tokens=16 * MAX_LENGTH,
+        mem_fraction_static=0.3,  # SGLang's own choice supposes chunks
         skip_tokenizer_init=True,
         grammar_backend="none",
         log_level="info",
