@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from flashmla_backend.checkpoint import default_checkpoint
 
+FLASHMLA = Path(sys.executable).with_name("flashmla")
 START_SECONDS = 300
 FIRST_TEXT_TOKEN = 6  # the ids before it are special tokens
 # Hugging Face's own bf16 is off by up to 0.07: rounding decides which experts a token near a tie is sent to.
@@ -47,8 +48,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from flashmla_backend.cli import app; app()"]
-        + ["serve", "--engine", "sglang", "--port", str(port)],
+        [str(FLASHMLA), "serve", "--engine", "sglang", "--port", str(port)],
         env={**os.environ, "FLASHMLA_BACKEND_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -135,8 +135,7 @@ def generate(served: Served, prompt: list[int], new_tokens: int) -> dict[str, An
 
 
 def test_doctor_finds_that_our_backend_serves() -> None:
-    command = [sys.executable, "-c", "from flashmla_backend.cli import app; app()", "doctor"]
-    asked = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    asked = subprocess.run([str(FLASHMLA), "doctor", "--json"], capture_output=True, text=True, timeout=120)
     report = json.loads(asked.stdout)
     assert asked.returncode == 0 and report["will_serve"], asked.stdout
     assert report["decode_path"] == "CPU reference path"
@@ -146,11 +145,10 @@ def test_doctor_finds_that_our_backend_serves() -> None:
 
 
 def test_doctor_says_who_serves_instead() -> None:
-    command = [sys.executable, "-c", "from flashmla_backend.cli import app; app()", "doctor"]
     for variable, value, remedy in (
         ("FLASHMLA_BACKEND_DISABLE", "1", "unset FLASHMLA_BACKEND_DISABLE"),
         ("SGLANG_PLUGINS", "another", "check SGLANG_PLUGINS"),
     ):
         environment = {**os.environ, "COLUMNS": "200", variable: value}
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        asked = subprocess.run([str(FLASHMLA), "doctor"], capture_output=True, text=True, timeout=120, env=environment)
         assert asked.returncode == 1 and remedy in asked.stdout
