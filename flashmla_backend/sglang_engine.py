@@ -59,7 +59,7 @@ class SglangServer(Server):
             *("--model-path", self.model, "--served-model-name", self.name),
             *("--host", self.host, "--port", str(self.port)),
             *("--attention-backend", "flashmla"),
-            *(("--device", "cpu") if runs_on_cpu() else ()),
+            *(("--device", "cpu", "--sleep-on-idle") if runs_on_cpu() else ()),  # an idle server takes a core else
             *self.arguments,
         ]
 

@@ -31,7 +31,6 @@ class Case:
 
 CASES = [
     Case("v2-moe", chunked=True, caching=True),
-    Case("v2-dense", chunked=False, caching=True),
     Case("v3-moe", chunked=False, caching=False),
 ]
 
