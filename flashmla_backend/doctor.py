@@ -99,16 +99,18 @@ def examine() -> Report:
     """Looks at everything serving needs. Takes as long as importing the installed engines does, a few seconds each."""
     from . import sglang_engine
 
-    findings = [_cpu(), _gpu(), *_torch(), _native_module()]
+    with_vllm, with_sglang = vllm_distribution() is not None, sglang_engine.distribution() is not None
+    findings = [_cpu(), _gpu(), *_torch()]
+    if with_vllm or not with_sglang:
+        findings.append(_vllm())
+    findings.append(_native_module())
     decode_path = None
-    if sglang_engine.distribution() is not None:
+    if with_sglang:
         of_sglang, decode_path = sglang_engine.findings()
         findings += of_sglang
-    if vllm_distribution() is not None:
+    if with_vllm:
         served_by, decode_path = _who_serves()
-        findings += [_vllm(), _entry_points(), served_by]
-    elif sglang_engine.distribution() is None:
-        findings.append(_vllm())
+        findings += [_entry_points(), served_by]
     return Report(findings, decode_path)
 
 
