@@ -6,7 +6,7 @@
 VENV := $(if $(filter sglang,$(ENGINE)),.venv-sglang,.venv)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGE_CODE := flashmla_backend integration buildtools examples
+PACKAGE_CODE := flashmla_backend integration buildtools examples benchmarks
 PYTHON_CODE := $(PACKAGE_CODE) tests
 CPP_CODE := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
 export PYTHON ENGINE

@@ -68,7 +68,7 @@ def main() -> int:
         },
     )
     backends = asked.backends.split(",")
-    report = {"arguments": {k: str(v) for k, v in vars(asked).items()}, "runs": {}, "compared": {}}
+    runs: dict[str, Any] = {}
     for number, backend in enumerate(backends):
         answer = folder / f"{number}.json"
         command = [sys.executable, __file__, *sys.argv[1:], "--backends", backend]
@@ -78,12 +78,14 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             print(f"{backend}: not done after {asked.limit:.0f} s", flush=True)
         if answer.exists():
-            report["runs"][backend] = json.loads(answer.read_text())
+            runs[backend] = json.loads(answer.read_text())
             print(f"{backend}: done in {time.time() - started:.0f} s", flush=True)
-    runs = report["runs"]
-    for backend in backends[1:]:
-        if backends[0] in runs and backend in runs:
-            report["compared"][backend] = compare(runs[backends[0]]["answers"], runs[backend]["answers"])
+    compared = {
+        backend: compare(runs[backends[0]]["answers"], runs[backend]["answers"])
+        for backend in backends[1:]
+        if backends[0] in runs and backend in runs
+    }
+    report = {"arguments": {k: str(v) for k, v in vars(asked).items()}, "runs": runs, "compared": compared}
     asked.out.write_text(json.dumps(report, indent=1))
     print_report(report, backends)
     return 0 if set(runs) == set(backends) else 1
@@ -112,11 +114,13 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         mm_feature_transport="cpu",
         **graph_arguments(asked, sorted({1, 4, 16, 32, *(requests for requests, _ in shapes)})),
     )
-    result = {"answers": answers(engine, asked.longest_prompt), "steps": {}}
-    for requests, tokens in shapes:
-        result["steps"][f"{requests}x{tokens}"] = time_steps(engine, requests, tokens, asked.steps, asked.repeats)
+    answered = answers(engine, asked.longest_prompt)
+    steps = {
+        f"{requests}x{tokens}": time_steps(engine, requests, tokens, asked.steps, asked.repeats)
+        for requests, tokens in shapes
+    }
     engine.shutdown()
-    return result
+    return {"answers": answered, "steps": steps}
 
 
 def graph_arguments(asked: argparse.Namespace, batch_sizes: list[int]) -> dict[str, Any]:
@@ -192,7 +196,7 @@ def print_report(report: dict[str, Any], backends: list[str]) -> None:
             f"part; logprobs differ by {seen['mean']:.4f} in the mean, {seen['max']:.4f} at most"
         )
     runs = {backend: run["steps"] for backend, run in report["runs"].items()}
-    shapes = next(iter(runs.values()), {})
+    shapes: dict[str, Any] = next(iter(runs.values()), {})
     print("ms a step".ljust(12) + "".join(backend.rjust(12) for backend in runs))
     for shape in shapes:
         print(shape.ljust(12) + "".join(f"{steps[shape]['median_ms']:12.2f}" for steps in runs.values()))

@@ -68,6 +68,7 @@ def plan_decode(
     causal: bool = True,
     num_sms: int | None = None,
     reuse: DecodePlan | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> DecodePlan:
     """Schedule one decode step. Call once per step; every layer shares the plan.
 
@@ -83,7 +84,9 @@ def plan_decode(
         reuse: an earlier plan of the same shapes, made for at least as many requests, whose buffers then hold the new
             schedule; it can be reused again, and is of no other use any more. Layers captured in a CUDA graph with
             that plan read the new schedule when replayed; they also read `seq_lens` and `block_table` where these
-            lay at capture, so keep both in persistent tensors.
+            lay at capture, so keep both in persistent tensors. The call itself may be captured too.
+        workspace: fp32 vector of at least `workspace_size(...)` elements on the same device for the partial results;
+            by default one is allocated. Plans may share it if their layers run one after another, on one stream.
 
     Returns:
         A plan: same lengths, shapes and `num_sms`, same plan.
@@ -114,33 +117,61 @@ def plan_decode(
         return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
     if reuse is None:
-        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms)
-        partial_out, partial_lse = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv)
-        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, partial_out, partial_lse, **shape)
+        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms, s_q * h_q)
+        partials = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, workspace)
+        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *partials, **shape)
+    if workspace is not None:
+        raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
-    batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
-    items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
-    ops.schedule_into(seq_lens, row_tiles, num_sms, items, reuse.part_offsets, split_offsets)
-    return replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
+    plan = reuse
+    if reuse.seq_lens is not seq_lens or reuse.block_table is not block_table:
+        batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
+        items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
+        plan = replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
+    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
+    return plan
 
 
-def make_workspaces(path: str, part_offsets: torch.Tensor, rows: int, h_kv: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the partial results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32."""
+def workspace_size(device: torch.device, *, s_q: int, h_q: int, h_kv: int = 1, num_sms: int | None = None) -> int:
+    """fp32 elements that the partial results of such plans take, whatever their batch and lengths; 0 on the CPU."""
+    if path_of(device) != "sm90":
+        return 0
+    parts = num_parts(num_sms or default_num_sms(device), row_tiles_of(s_q * h_q // h_kv, h_kv))
+    return max_splits(parts) * s_q * h_q * (D_V + 1)
+
+
+def make_workspaces(
+    path: str, part_offsets: torch.Tensor, rows: int, h_kv: int, storage: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the partial results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32.
+
+    The first elements of `storage`, an fp32 vector; by default newly allocated.
+    """
     splits = max_splits(part_offsets.shape[0] - 1) if path == "sm90" else 0
-    partial_out = part_offsets.new_empty((splits, h_kv, rows, D_V), dtype=torch.float32)
-    return partial_out, part_offsets.new_empty((splits, h_kv, rows), dtype=torch.float32)
+    sizes = [splits * h_kv * rows * D_V, splits * h_kv * rows]
+    if storage is None:
+        storage = part_offsets.new_empty(sum(sizes), dtype=torch.float32)
+    if storage.dim() != 1 or storage.dtype != torch.float32 or storage.numel() < sum(sizes):
+        raise InvalidArgument(f"workspace is {describe(storage)}; accepted: [{sum(sizes)}] float32, or longer")
+    if storage.device != part_offsets.device:
+        raise InvalidArgument(
+            f"workspace is on {storage.device}, seq_lens on {part_offsets.device}; accepted: the same device"
+        )
+    out, lse = storage[: sum(sizes)].split(sizes)
+    return out.view(splits, h_kv, rows, D_V), lse.view(splits, h_kv, rows)
 
 
 def check_reusable(
     reuse: DecodePlan, seq_lens: torch.Tensor, row_tiles: int, num_sms: int, shape: dict[str, Any]
 ) -> None:
-    made_for = {"parts": reuse.part_offsets.shape[0] - 1, "device": reuse.items.device}
-    made_for |= {name: getattr(reuse, name) for name in shape}
-    wanted = {"parts": num_parts(num_sms, row_tiles), "device": seq_lens.device} | shape
+    parts = reuse.part_offsets.shape[0] - 1
+    made_for = [parts, reuse.items.device, *(getattr(reuse, name) for name in shape)]
+    wanted = [num_parts(num_sms, row_tiles), seq_lens.device, *shape.values()]
     if made_for != wanted or reuse.batch < seq_lens.shape[0]:
+        names = ("parts", "device", *shape)
         raise InvalidArgument(
-            f"reuse was made for {reuse.batch} requests, {made_for}; accepted for this step: {seq_lens.shape[0]} or "
-            f"more requests, {wanted}"
+            f"reuse was made for {reuse.batch} requests, {dict(zip(names, made_for, strict=True))}; accepted for this "
+            f"step: {seq_lens.shape[0]} or more requests, {dict(zip(names, wanted, strict=True))}"
         )
 
 
@@ -203,6 +234,11 @@ def check_query(q: torch.Tensor, plan: DecodePlan) -> None:
         raise InvalidArgument(f"q is {describe(q)}; accepted: {accepted}")
     if q.stride(3) != 1:
         raise InvalidArgument(f"q has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise InvalidArgument(
+            "q requires a gradient, and decoding has no backward; accepted: a call under torch.inference_mode() or "
+            "torch.no_grad(), or q.detach()"
+        )
 
 
 def check_softmax_scale(softmax_scale: float) -> None:

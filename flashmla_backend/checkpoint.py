@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from .errors import InvalidArgument
 if TYPE_CHECKING:
     import torch
 
-Architecture = Literal["v2-moe", "v2-dense", "v3-moe"]
+Architecture = Literal["v2-moe", "v2-dense", "v3-moe", "v3-mtp"]
 Dtype = Literal["float32", "bfloat16"]
 Progress = Callable[[int, int], None]
 """Called with (weights made so far, weights in all)."""
@@ -57,7 +58,8 @@ def make_checkpoint(
     """Writes a checkpoint that Hugging Face transformers, vLLM and SGLang load; a few tens of MB.
 
     path: folder to make; may exist if it is empty. It appears at once, complete.
-    architecture: "v2-moe" and "v2-dense" (DeepseekV2ForCausalLM), "v3-moe" (DeepseekV3ForCausalLM, yarn rope).
+    architecture: "v2-moe" and "v2-dense" (DeepseekV2ForCausalLM), "v3-moe" (DeepseekV3ForCausalLM, yarn rope), and
+        "v3-mtp", the same weights and a layer more for multi-token prediction.
     changes: values of config.json that differ from `model_config`'s, for models of other sizes.
     Equal (architecture, dtype, seed, changes) give equal bytes. Returns the folder.
     Raises InvalidArgument for an unknown architecture or dtype, a negative seed or a folder that is not empty.
@@ -149,7 +151,7 @@ def model_config(architecture: Architecture, dtype: Dtype) -> dict[str, Any]:
     }
     if architecture == "v2-dense":
         config["first_k_dense_replace"] = layers  # transformers wants n_routed_experts even so
-    if architecture == "v3-moe":
+    if architecture in ("v3-moe", "v3-mtp"):
         config |= {
             "architectures": ["DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v3",
@@ -162,7 +164,7 @@ def model_config(architecture: Architecture, dtype: Dtype) -> dict[str, Any]:
             "topk_method": "noaux_tc",
             "n_group": 4,
             "topk_group": 2,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": int(architecture == "v3-mtp"),
             "rope_scaling": {
                 "type": "yarn",
                 "factor": 4.0,
@@ -188,7 +190,8 @@ def _weight_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...
         yield f"{prefix}.down_proj.weight", (hidden, inner)
 
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
+    drafting = config.get("num_nextn_predict_layers", 0)
+    for layer in range(config["num_hidden_layers"] + drafting):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", (hidden,)
         yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
@@ -215,6 +218,14 @@ def _weight_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...
         for expert in range(experts):
             yield from mlp(f"{prefix}.mlp.experts.{expert}", inner)
         yield from mlp(f"{prefix}.mlp.shared_experts", inner * config["n_shared_experts"])
+    for layer in range(config["num_hidden_layers"], config["num_hidden_layers"] + drafting):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.enorm.weight", (hidden,)
+        yield f"{prefix}.hnorm.weight", (hidden,)
+        yield f"{prefix}.eh_proj.weight", (hidden, 2 * hidden)
+        yield f"{prefix}.shared_head.norm.weight", (hidden,)
+        yield f"{prefix}.embed_tokens.weight", (config["vocab_size"], hidden)
+        yield f"{prefix}.shared_head.head.weight", (config["vocab_size"], hidden)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (config["vocab_size"], hidden)
 
@@ -225,6 +236,9 @@ def _weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    # A layer that drafts has the main model's embedding and head once more, as in DeepSeek's checkpoints.
+    name = re.sub(r"^model\.layers\.\d+\.(embed_tokens)", r"model.\1", name)
+    name = re.sub(r"^model\.layers\.\d+\.shared_head\.head", "lm_head", name)
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Literal
 
 import torch
@@ -18,6 +19,8 @@ DTYPES: dict[Path, tuple[torch.dtype, ...]] = {
     "flashinfer": (torch.bfloat16, torch.float16),
 }
 
+NAMES: dict[Path, str] = {"cpu": "CPU reference path", "sm90": "sm_90a kernels", "flashinfer": "FlashInfer's kernels"}
+
 _chosen: dict[torch.device, Path] = {}  # a device does not change; its absence of an implementation may
 
 
@@ -31,13 +34,6 @@ def path_of(device: torch.device) -> Path:
     if path is None:
         path = _chosen[device] = _choose(device)
     return path
-
-
-def path_name(device: torch.device) -> str:
-    """`path_of` in words, for logs."""
-    names: dict[Path, str] = {"cpu": "CPU reference path", "flashinfer": "FlashInfer's kernels"}
-    path = path_of(device)
-    return names.get(path) or f"{native.build_info().arch} kernels"
 
 
 def _choose(device: torch.device) -> Path:
@@ -65,11 +61,7 @@ def why_no_kernels(capability: tuple[int, int]) -> str | None:
     """Why our kernels do not run on a GPU of this compute capability; None if they do."""
     if capability != (9, 0):
         return "ours run on 9.0 (Hopper) only"
-    if reason := native.unavailable_reason():
-        return reason
-    if not native.build_info().has_decode_kernels:
-        return "this build was made without them"
-    return None
+    return native.unavailable_reason()
 
 
 def check_page_size(page_size: int, device: torch.device) -> None:
@@ -81,6 +73,9 @@ def check_page_size(page_size: int, device: torch.device) -> None:
 
 def default_num_sms(device: torch.device) -> int:
     """Thread blocks that run at once: the GPU's SMs, on the CPU torch's threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.get_num_threads()
+    return sm_count(device) if device.type == "cuda" else torch.get_num_threads()
+
+
+@cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -181,7 +181,7 @@ def _vllm() -> Finding:
         return Finding("vLLM", "not installed", "missing", remedy)
     name, version = found
     try:
-        oldest = compat.OLDEST_WITH_CPU_MLA if vllm_runs_on_cpu() else compat.OLDEST
+        oldest = compat.OLDEST_ON_CPU if vllm_runs_on_cpu() else compat.OLDEST
         compat.check_version(version, oldest=oldest)
     except Unsupported as refusal:
         return Finding("vLLM", f"{name} {version}", "missing", str(refusal))
@@ -195,10 +195,7 @@ def _native_module() -> Finding:
         return Finding("native module", f"not loaded: {native.unavailable_reason()}", needed, remedy)
     build = native.build_info()
     built = f"{build.arch}, CUDA {build.cuda_version}, CUTLASS {build.cutlass_version}"
-    if build.has_decode_kernels:
-        return Finding("native module", f"{built}, decode kernels", "ok")
-    remedy = "" if needed == "note" else "serve on a CPU, or drop --attention-backend flashmla"
-    return Finding("native module", f"{built}, no decode kernels in this release", needed, remedy)
+    return Finding("native module", built, "ok")
 
 
 def _entry_points() -> Finding:
@@ -225,7 +222,9 @@ def _who_serves() -> tuple[Finding, str | None]:
     if not backend.startswith("flashmla_backend."):
         log = asked.stdout + asked.stderr
         return served_by_others(subject, backend, log, plugins="VLLM_PLUGINS"), None
-    path = "CPU reference path" if vllm_runs_on_cpu() else f"{native.build_info().arch} kernels"
+    from .dispatch import NAMES  # brings torch
+
+    path = NAMES["cpu" if vllm_runs_on_cpu() else "sm90"]
     return Finding(subject, f"flashmla_backend, {path}, on {engine_platform}", "ok"), path
 
 

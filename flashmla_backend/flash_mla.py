@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from flashmla_backend import ops
 from flashmla_backend.api import DecodePlan, check_positive_int, make_workspaces, mla_decode, plan_decode
@@ -25,8 +25,11 @@ from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
 
 METADATA_COLUMNS = 8
 
-# The layers of a step share the workspaces of the metadata tensor they are given, and no others.
-_workspaces: MutableMapping[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = WeakTensorKeyDictionary()
+Workspaces = tuple[torch.Tensor, torch.Tensor]  # partial_out and partial_lse of a plan
+
+# By the storage of the metadata, since engines hand every layer a new view of it, and by shape: a captured CUDA graph
+# goes on using the workspaces it saw. They go with the storage.
+_workspaces: MutableMapping[torch.UntypedStorage, dict[tuple[int, int, int], Workspaces]] = WeakIdKeyDictionary()
 
 
 @dataclass
@@ -69,7 +72,9 @@ def get_mla_metadata(
     row_tiles = row_tiles_of(num_q_tokens_per_head_k, num_heads_k)
     check_pair_style(cache_seqlens.device)
     num_sms = default_num_sms(cache_seqlens.device)
-    items, part_offsets, split_offsets = ops.schedule(cache_seqlens, row_tiles, num_sms)
+    items, part_offsets, split_offsets = ops.schedule(
+        cache_seqlens, row_tiles, num_sms, num_q_tokens_per_head_k * num_heads_k
+    )
     flat = torch.cat([items.flatten(), part_offsets, split_offsets])
     metadata = flat.new_zeros(metadata_rows(flat.numel()), METADATA_COLUMNS)
     metadata.view(-1)[: flat.numel()] = flat
@@ -216,13 +221,13 @@ def plan_from_pair(
     )
 
 
-def workspaces_of(
-    metadata: torch.Tensor, part_offsets: torch.Tensor, rows: int, h_kv: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    held = _workspaces.get(metadata)
-    if held is None or held[1].shape[1:] != (h_kv, rows):
-        held = _workspaces[metadata] = make_workspaces(path_of(metadata.device), part_offsets, rows, h_kv)
-    return held
+def workspaces_of(metadata: torch.Tensor, part_offsets: torch.Tensor, rows: int, h_kv: int) -> Workspaces:
+    """Shared by calls with metadata in the same storage, which must therefore run one after another."""
+    held = _workspaces.setdefault(metadata.untyped_storage(), {})
+    shape = (part_offsets.shape[0], rows, h_kv)
+    if shape not in held:
+        held[shape] = make_workspaces(path_of(metadata.device), part_offsets, rows, h_kv)
+    return held[shape]
 
 
 def check_pair_style(device: torch.device) -> None:

@@ -24,8 +24,6 @@ class BuildInfo:
     cutlass_version: str
     compiler: str
     """Device and host compiler, "nvcc 13.0.88, GNU 12.2.0"."""
-    has_decode_kernels: bool
-    """False: the module answers device queries and probes, and decodes nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ def probe_failure(index: int) -> str | None:
     return None
 
 
+@cache
 def load() -> ModuleType:
     """The compiled module.
 

@@ -9,22 +9,38 @@ Output shapes depend on shapes and on the number of SMs alone, never on lengths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch._ops import OpOverload
 
 from flashmla_backend import cpu, sm90
 from flashmla_backend.paging import D_V
 from flashmla_backend.schedule import make_schedule, max_items, num_parts
 
+Schedule = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-@torch.library.custom_op(
-    "flashmla_backend::schedule_into",
-    mutates_args=("items", "part_offsets", "split_offsets"),
-    device_types="cpu",
-)
-def schedule_into(
+_library = torch.library.Library("flashmla_backend", "DEF")
+
+
+def operator(
+    schema: str, *, on_cpu: Callable[..., object], on_cuda: Callable[..., object], fake: Callable[..., object]
+) -> OpOverload:
+    """Register an operator. Not by torch.library.custom_op: its wrappers take as long as all the rest of a call."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, on_cpu, "CPU")
+    _library.impl(name, on_cuda, "CUDA")
+    torch.library.register_fake(f"flashmla_backend::{name}", fake, lib=_library)
+    overload: OpOverload = getattr(torch.ops.flashmla_backend, name).default
+    return overload
+
+
+def schedule_on_cpu(
     seq_lens: torch.Tensor,
     row_tiles: int,
     num_sms: int,
+    rows: int,
     items: torch.Tensor,
     part_offsets: torch.Tensor,
     split_offsets: torch.Tensor,
@@ -35,11 +51,12 @@ def schedule_into(
         seq_lens: [B] int32.
         row_tiles: `schedule.row_tiles_of(rows, h_kv)`.
         num_sms: thread blocks that run at once.
+        rows: query rows of a request over all KV heads.
         items: [max_items, 4] (request, page_begin, page_end, split), part after part, unused rows -1.
         part_offsets: [parts + 1] into items.
         split_offsets: [B + 1] into the partial results.
     """
-    made = make_schedule(seq_lens.tolist(), row_tiles, num_sms)
+    made = make_schedule(seq_lens.tolist(), row_tiles, num_sms, rows)
     flat = [item for part in made.parts for item in part]
     items.fill_(-1)
     if flat:
@@ -49,39 +66,20 @@ def schedule_into(
     split_offsets.copy_(torch.tensor(made.split_offsets, dtype=torch.int32))
 
 
-@schedule_into.register_kernel("cuda")
-def _(
-    seq_lens: torch.Tensor,
-    row_tiles: int,
-    num_sms: int,
-    items: torch.Tensor,
-    part_offsets: torch.Tensor,
-    split_offsets: torch.Tensor,
-) -> None:
-    sm90.schedule(seq_lens, row_tiles, items, part_offsets, split_offsets)
-
-
-@torch.library.custom_op("flashmla_backend::schedule", mutates_args=(), device_types=("cpu", "cuda"))
-def schedule(seq_lens: torch.Tensor, row_tiles: int, num_sms: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """items, part_offsets and split_offsets of `schedule_into`, newly allocated."""
-    buffers = schedule_buffers(seq_lens, row_tiles, num_sms)
-    schedule_into(seq_lens, row_tiles, num_sms, *buffers)
-    return buffers
-
-
-@schedule.register_fake
-def schedule_buffers(
-    seq_lens: torch.Tensor, row_tiles: int, num_sms: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def schedule_buffers(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int) -> Schedule:
     batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
     items = seq_lens.new_empty((max_items(batch, parts), 4))
     return items, seq_lens.new_empty(parts + 1), seq_lens.new_empty(batch + 1)
 
 
-@torch.library.custom_op(
-    "flashmla_backend::mla_decode", mutates_args=("partial_out", "partial_lse"), device_types="cpu"
-)
-def mla_decode(
+def new_schedule(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int) -> Schedule:
+    """items, part_offsets and split_offsets of `schedule_into`, newly allocated."""
+    buffers = schedule_buffers(seq_lens, row_tiles, num_sms, rows)
+    schedule_into(seq_lens, row_tiles, num_sms, rows, *buffers)
+    return buffers
+
+
+def decode_on_cpu(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -94,28 +92,33 @@ def mla_decode(
     softmax_scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `flashmla_backend.mla_decode`; arguments are checked there.
-
-    Returns out [B, S_q, H_q, 512] in q's dtype and lse [B, S_q, H_q] fp32.
-    """
+    """See `flashmla_backend.mla_decode`, which checks the arguments. The workspaces are the Hopper kernels' only."""
     return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal)
 
 
-mla_decode.register_kernel("cuda")(sm90.decode)
-
-
-@mla_decode.register_fake
-def _(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    items: torch.Tensor,
-    part_offsets: torch.Tensor,
-    split_offsets: torch.Tensor,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_results(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, S_q, H_q, 512] in q's dtype and lse [B, S_q, H_q] fp32."""
     return q.new_empty((*q.shape[:3], D_V)), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+schedule_into = operator(
+    "schedule_into(Tensor seq_lens, int row_tiles, int num_sms, int rows, Tensor(a!) items, Tensor(b!) part_offsets, "
+    "Tensor(c!) split_offsets) -> ()",
+    on_cpu=schedule_on_cpu,
+    on_cuda=sm90.schedule,
+    fake=lambda *_: None,
+)
+schedule = operator(
+    "schedule(Tensor seq_lens, int row_tiles, int num_sms, int rows) -> (Tensor, Tensor, Tensor)",
+    on_cpu=new_schedule,
+    on_cuda=new_schedule,
+    fake=schedule_buffers,
+)
+mla_decode = operator(
+    "mla_decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, Tensor part_offsets, "
+    "Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, float softmax_scale, bool causal) -> "
+    "(Tensor, Tensor)",
+    on_cpu=decode_on_cpu,
+    on_cuda=sm90.decode,
+    fake=empty_results,
+)

@@ -4,26 +4,30 @@ A decode step reads, for every request, its KV pages of 64 tokens. One *part* is
 (row tile, KV head), so `num_sms // row_tiles` parts run at once and each reads a page once for 64 query rows.
 The scheduler turns lengths into *work items* (a run of pages of one request) and gives each part a list of them:
 
-1. **Cut.** A request longer than a cap is cut into near-equal pieces, none longer than the cap. Short requests are
-   never cut: a second piece costs a prologue and a reduction, more than it saves.
-2. **Deal.** Pieces are sorted, costliest first, and dealt in rounds of one per part: the costliest piece of a round
-   goes to the least loaded part. After every round the loads of two parts differ by at most one piece
-   (`max(load) - min(load) <= max(cost of an item)`), and later rounds deal ever smaller pieces.
-3. **Choose the cap.** For m = 1 .. MAX_ROUNDS the smallest cap that yields at most m pieces per part, and "no cut",
-   are tried; the cost model picks the cheapest (busiest part + reduction), the fewest pieces on a tie.
+1. **Cap and deal.** A request longer than a cap is cut into near-equal pieces, none longer than the cap. Pieces are
+   sorted, costliest first, and dealt in rounds of one per part: the costliest piece of a round goes to the least loaded
+   part. After every round the loads of two parts differ by at most one piece (`max(load) - min(load) <= max(cost of an
+   item)`), and later rounds deal ever smaller pieces. Good for batches whose requests divide the parts evenly.
+2. **Level.** All requests are laid end to end and cut wherever a part's equal share of the cost ends: the loads of two
+   parts differ by a page or two and an item. Good for ragged batches.
+3. **Choose.** "No cut", for m = 1 .. MAX_ROUNDS the smallest cap that yields at most m pieces per part, and level are
+   tried; the cost model picks the cheapest (busiest part + reduction), the first of these on a tie.
+
+Short requests are never cut: a second piece costs a prologue and a reduction, more than it saves.
 
 Everything is integer arithmetic on lengths: the same input gives the same schedule, on any machine.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
-MAX_ROUNDS = 7
+MAX_ROUNDS = 6
 MIN_SPLIT_PAGES = 2  # the smallest piece worth a thread block; shorter than two of them is never cut
 
 
@@ -45,20 +49,24 @@ class CostModel:
     item: int = 2500  # prologue (Q, first page) and epilogue of one work item
     empty_item: int = 300  # a request without tokens only stores zeros
     reduction: int = 1300  # launching the combine ...
-    reduction_per_split: int = 60  # ... and reading each partial result
+    partial_row: int = 2  # ... and storing and reading back one row of a partial result, 2 KB
 
     def of_item(self, pages: int, row_tiles: int) -> int:
         if pages == 0:
             return self.empty_item
         return self.item + pages * (self.lone_page if row_tiles == 1 else self.page)
 
-    def of_reduction(self, splits: int) -> int:
-        return 0 if splits <= 1 else self.reduction + splits * self.reduction_per_split
+    def of_partial(self, rows: int) -> int:
+        return min(rows * self.partial_row, 65535)  # as much as the device takes
+
+    def of_reduction(self, partials: int, rows: int) -> int:
+        """Of `partials` partial results, `rows` rows each; their traffic is the whole machine's."""
+        return 0 if partials == 0 else self.reduction + partials * self.of_partial(rows)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Work lists of all parts, costliest item first, and where each request's partial results lie.
+    """Work lists of all parts, and where each request's partial results lie.
 
     Request r owns the partial results split_offsets[r] .. split_offsets[r + 1]; none if it was not cut.
     """
@@ -91,30 +99,34 @@ def max_items(batch: int, parts: int) -> int:
 
 
 def max_splits(parts: int) -> int:
-    """Upper bound of the number of partial results: only a batch of at most MAX_ROUNDS pieces per part is cut."""
+    """Upper bound of the number of partial results: only into at most MAX_ROUNDS pieces per part is a batch cut."""
     return MAX_ROUNDS * parts
 
 
-def make_schedule(seq_lens: Sequence[int], row_tiles: int, num_sms: int, cost: CostModel | None = None) -> Schedule:
+def make_schedule(
+    seq_lens: Sequence[int], row_tiles: int, num_sms: int, rows: int | None = None, cost: CostModel | None = None
+) -> Schedule:
     """Work lists for one step.
 
     Args:
         seq_lens: [B] tokens in the cache per request, 0 allowed.
         row_tiles: `row_tiles_of(s_q * h_q / h_kv, h_kv)`.
         num_sms: thread blocks that run at once.
+        rows: query rows of a request over all KV heads, s_q * h_q; full row tiles by default.
     """
     model = cost or CostModel()
     pages = [pages_of(n) for n in seq_lens]
     parts = num_parts(num_sms, row_tiles)
-    best: tuple[int, list[int], list[list[Piece]]] | None = None
-    for cap in candidate_caps(pages, parts):
-        counts = [piece_count(n, cap) for n in pages]
-        hands, busiest = deal(cut(pages, counts), parts, row_tiles, model)
-        total = busiest + model.of_reduction(max(counts, default=1))
-        if best is None or total < best[0]:
-            best = (total, counts, hands)
-    assert best is not None  # "no cut" is always a candidate
-    _, counts, hands = best
+    proposals = [deal(cut(pages, cap), parts, row_tiles, model) for cap in candidate_caps(pages, parts)]
+    if (levelled := level(pages, parts, row_tiles, model)) is not None:
+        proposals.append(levelled)
+    counts, hands = min(
+        ((piece_counts(hands, len(pages)), hands) for hands in proposals),
+        key=lambda proposal: (
+            busiest(proposal[1], row_tiles, model)
+            + model.of_reduction(sum(count for count in proposal[0] if count > 1), rows or TILE_ROWS * row_tiles)
+        ),
+    )
 
     offsets = [0]
     for count in counts:
@@ -138,15 +150,32 @@ class Piece(NamedTuple):
     end: int
 
 
+Hands = list[list[Piece]]  # the pieces of each part
+
+
+def piece_counts(hands: Hands, batch: int) -> list[int]:
+    counts = [0] * batch
+    for hand in hands:
+        for piece in hand:
+            counts[piece.request] += 1
+    return counts
+
+
+def busiest(hands: Hands, row_tiles: int, cost: CostModel) -> int:
+    """The greatest load of a part."""
+    return max(sum(cost.of_item(p.end - p.begin, row_tiles) for p in hand) for hand in hands)
+
+
 def piece_count(pages: int, cap: int) -> int:
     return 1 if pages < 2 * MIN_SPLIT_PAGES else -(-pages // cap)
 
 
-def cut(pages: Sequence[int], counts: Sequence[int]) -> list[Piece]:
-    """Cut each request into its number of near-equal pieces, in order."""
+def cut(pages: Sequence[int], cap: int) -> list[Piece]:
+    """Cut each request into near-equal pieces of at most `cap` pages, in order."""
     return [
         Piece(request, j, n * j // count, n * (j + 1) // count)
-        for request, (n, count) in enumerate(zip(pages, counts, strict=True))
+        for request, n in enumerate(pages)
+        for count in [piece_count(n, cap)]
         for j in range(count)
     ]
 
@@ -169,9 +198,9 @@ def candidate_caps(pages: Sequence[int], parts: int) -> list[int]:
     return sorted(caps, reverse=True)
 
 
-def deal(pieces: Sequence[Piece], parts: int, row_tiles: int, cost: CostModel) -> tuple[list[list[Piece]], int]:
-    """Give every part its pieces; also the cost of the busiest part."""
-    hands: list[list[Piece]] = [[] for _ in range(parts)]
+def deal(pieces: Sequence[Piece], parts: int, row_tiles: int, cost: CostModel) -> Hands:
+    """Give every part its pieces, costliest first."""
+    hands: Hands = [[] for _ in range(parts)]
     loads = [0] * parts
     costs = {piece: cost.of_item(piece.end - piece.begin, row_tiles) for piece in pieces}
     by_cost = sorted(pieces, key=lambda p: (-costs[p], p.request, p.number))
@@ -180,4 +209,45 @@ def deal(pieces: Sequence[Piece], parts: int, row_tiles: int, cost: CostModel) -
         for part, piece in zip(least_loaded, by_cost[start : start + parts], strict=False):
             hands[part].append(piece)
             loads[part] += costs[piece]
-    return hands, max(loads)
+    return hands
+
+
+def level(pages: Sequence[int], parts: int, row_tiles: int, cost: CostModel) -> Hands | None:
+    """Lay the requests end to end and cut at every part's equal share; None where the pieces would be too many or
+    too small."""
+    if len(pages) + parts > MAX_ROUNDS * parts:
+        return None
+    page = cost.of_item(1, row_tiles) - cost.item
+    starts = [0]
+    for n in pages:
+        starts.append(starts[-1] + cost.of_item(n, row_tiles))
+    share = -(-starts[-1] // parts)
+    if share < cost.item + MIN_SPLIT_PAGES * page:
+        return None
+
+    hands: Hands = []
+    request = begin = number = 0
+    for part in range(1, parts + 1):
+        last, end = cut_at(part * share, pages, starts, cost.item, page)
+        hand = []
+        while (request, begin) < (last, end):
+            stop = end if request == last else pages[request]
+            hand.append(Piece(request, number, begin, stop))
+            if request == last:
+                begin, number = stop, number + 1
+            else:
+                request, begin, number = request + 1, 0, 0
+        hands.append(hand)
+    return hands
+
+
+def cut_at(position: int, pages: Sequence[int], starts: Sequence[int], item: int, page: int) -> tuple[int, int]:
+    """Request and page where the line of requests is cut: the last page boundary at or before `position`, moved to the
+    request's begin or end where a piece would be smaller than MIN_SPLIT_PAGES."""
+    if position >= starts[-1]:
+        return len(pages), 0
+    request = bisect_right(starts, position) - 1
+    own = max(position - starts[request] - item, 0) // page
+    if own < MIN_SPLIT_PAGES:
+        return request, 0
+    return (request, own) if pages[request] - own >= MIN_SPLIT_PAGES else (request + 1, 0)

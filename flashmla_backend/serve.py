@@ -44,6 +44,7 @@ class Server:
     port: int = 8000
     arguments: list[str] = field(default_factory=list)
     kv_cache_gib: int = OTHER_MODEL_KV_CACHE_GIB
+    attention_backend: str = "flashmla"
 
     @property
     def url(self) -> str:
@@ -68,7 +69,7 @@ class Server:
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", self.model, "--served-model-name", self.name),
             *("--host", self.host, "--port", str(self.port)),
-            *("--attention-backend", "flashmla"),
+            *("--attention-backend", self.attention_backend),
             *self.arguments,
         ]
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from . import doctor, native
+from . import doctor
 from .doctor import Finding
 from .errors import Unsupported
 from .serve import Server
@@ -136,5 +136,7 @@ def _who_serves() -> tuple[Finding, str | None]:
         return Finding(subject, f"SGLang does not start: {last}", "missing", "repair the SGLang installation"), None
     if not answer[1].startswith("flashmla_backend."):
         return doctor.served_by_others(subject, answer[1], asked.stderr, plugins="SGLANG_PLUGINS"), None
-    path = "CPU reference path" if runs_on_cpu() else f"{native.build_info().arch} kernels"
+    from .dispatch import NAMES  # brings torch
+
+    path = NAMES["cpu" if runs_on_cpu() else "sm90"]
     return Finding(subject, f"flashmla_backend, {path}", "ok"), path

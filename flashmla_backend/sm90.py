@@ -5,6 +5,9 @@ The C ABI checks what it is given; its sentence becomes the error's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from flashmla_backend import native
@@ -16,36 +19,35 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # flashmla_dtype
 PAGE_SIZES = (64, 128, 256)
 
 
-def cost_of(row_tiles: int) -> tuple[int, int, int, int, int]:
-    """`flashmla_cost_model` for a number of row tiles."""
+@cache
+def cost_of(row_tiles: int, rows: int) -> tuple[int, int, int, int, int]:
+    """`flashmla_cost_model` for a number of row tiles and of query rows."""
     cost = CostModel()
     page = cost.lone_page if row_tiles == 1 else cost.page
-    return page, cost.item, cost.empty_item, cost.reduction, cost.reduction_per_split
+    return page, cost.item, cost.empty_item, cost.reduction, cost.of_partial(rows)
 
 
 def schedule(
     seq_lens: torch.Tensor,
     row_tiles: int,
+    num_sms: int,
+    rows: int,
     items: torch.Tensor,
     part_offsets: torch.Tensor,
     split_offsets: torch.Tensor,
 ) -> None:
-    """Enqueue the device scheduler; see `ops.schedule_into`."""
-    module = native.load()
-    with torch.cuda.device(seq_lens.device):
-        try:
-            module.schedule(
-                seq_lens.shape[0],
-                part_offsets.shape[0] - 1,
-                cost_of(row_tiles),
-                seq_lens.data_ptr(),
-                items.data_ptr(),
-                part_offsets.data_ptr(),
-                split_offsets.data_ptr(),
-                torch.cuda.current_stream().cuda_stream,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise translated(error) from None
+    """Enqueue the device scheduler; see `ops.schedule_on_cpu`. The offsets' size says how many parts there are."""
+    enqueue(
+        native.load().schedule,
+        seq_lens.device,
+        seq_lens.shape[0],
+        part_offsets.shape[0] - 1,
+        cost_of(row_tiles, rows),
+        seq_lens.data_ptr(),
+        items.data_ptr(),
+        part_offsets.data_ptr(),
+        split_offsets.data_ptr(),
+    )
 
 
 def decode(
@@ -61,46 +63,58 @@ def decode(
     softmax_scale: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Enqueue the decode and combine kernels; see `ops.mla_decode`."""
-    module = native.load()
+    """Enqueue the decode and combine kernels; see `flashmla_backend.mla_decode`, which checks the arguments."""
     batch, s_q, h_q, _ = q.shape
-    out = torch.empty((batch, s_q, h_q, D_V), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, s_q, h_q), dtype=torch.float32, device=q.device)
-    with torch.cuda.device(q.device):
-        try:
-            module.decode(
-                DTYPES[q.dtype],
-                (batch, s_q, h_q, kv_cache.shape[2]),
-                kv_cache.shape[1],
-                kv_cache.shape[0],
-                part_offsets.shape[0] - 1,
-                causal,
-                softmax_scale,
-                q.data_ptr(),
-                strides_of(q),
-                kv_cache.data_ptr(),
-                strides_of(kv_cache),
-                seq_lens.data_ptr(),
-                block_table.data_ptr(),
-                block_table.stride(0),
-                items.data_ptr(),
-                part_offsets.data_ptr(),
-                split_offsets.data_ptr(),
-                out.data_ptr(),
-                lse.data_ptr(),
-                partial_out.data_ptr(),
-                partial_lse.data_ptr(),
-                torch.cuda.current_stream().cuda_stream,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise translated(error) from None
+    num_pages, page_size, h_kv, _ = kv_cache.shape
+    out = q.new_empty((batch, s_q, h_q, D_V))
+    lse = q.new_empty((batch, s_q, h_q), dtype=torch.float32)
+    enqueue(
+        native.load().decode,
+        q.device,
+        DTYPES[q.dtype],
+        (batch, s_q, h_q, h_kv),
+        page_size,
+        num_pages,
+        part_offsets.shape[0] - 1,
+        causal,
+        softmax_scale,
+        q.data_ptr(),
+        strides_of(q),
+        kv_cache.data_ptr(),
+        strides_of(kv_cache),
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        items.data_ptr(),
+        part_offsets.data_ptr(),
+        split_offsets.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        partial_out.data_ptr(),
+        partial_lse.data_ptr(),
+    )
     return out, lse
+
+
+def enqueue(launch: Callable[..., None], device: torch.device, *arguments: object) -> None:
+    """Launch on the device's current stream, which is the last argument; a refusal becomes an error of ours."""
+    # current_stream() builds an object, torch.cuda.device() resolves and sets a device: each longer than our own part.
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    try:
+        if torch.cuda.current_device() == device.index:
+            launch(*arguments, stream)
+        else:
+            with torch.cuda.device(device):
+                launch(*arguments, stream)
+    except (ValueError, RuntimeError) as error:
+        raise translated(error) from None
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Strides of the three outer dimensions; that of a dimension of size 1 means nothing and may be anything."""
-    a, b, c = (tensor.stride(i) if tensor.shape[i] > 1 else D_QK for i in range(3))
-    return a, b, c
+    a, b, c, _ = tensor.stride()
+    x, y, z, _ = tensor.shape
+    return a if x > 1 else D_QK, b if y > 1 else D_QK, c if z > 1 else D_QK
 
 
 def translated(error: ValueError | RuntimeError) -> InvalidArgument | Unsupported:

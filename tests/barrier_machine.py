@@ -1,21 +1,24 @@
 """An exhaustive model checker for the barrier protocol of a warp-specialised kernel.
 
 A *program* is a list of steps; the machine runs programs side by side in every order there is and follows what the
-hardware keeps: mbarriers (parity and arrivals of the open phase), named barriers, asynchronous copies and asynchronous
-MMAs, which read shared memory between their issue and their completion. Shared memory is a set of named regions; each
-holds a label that says whose data it is, and every read names the label that it expects.
+hardware keeps: mbarriers (parity and arrivals of the open phase), named barriers, asynchronous copies, and asynchronous
+MMAs, which read shared memory from their issue until their warp has waited for them: a warp's wait speaks for its own
+share only. Shared memory is a set of named regions; each holds a label that says whose data it is, and every read names
+the label that it expects. Ordinary stores must be fenced before an MMA or a copy touches what they wrote.
 
-`explore` raises `Violation` when something goes wrong in any order, with the steps that lead there.
+`explore` raises `Violation` when something goes wrong in any order, with the steps that lead there. Programs take turns
+after arrivals and before waits only: between these they do nothing that lets another one go on, so a conflict with
+another one shows in one of the orders that are left.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Label = tuple[str, int]  # ("k", 3): K of page 3
+Label = str  # "k 3": K of page 3
 Reads = tuple[tuple[str, Label], ...]  # regions and what they must hold
 
 
@@ -38,7 +41,8 @@ class Arrive(NamedTuple):
     label: Label
 
 
-class Copy(NamedTuple):
+@dataclass(frozen=True, eq=False)  # hashed in every state: by identity
+class Copy:
     """Start an asynchronous copy into regions; its completion arrives on the mbarrier."""
 
     regions: tuple[str, ...]
@@ -60,7 +64,13 @@ class BarWait(NamedTuple):
 
 
 class Store(NamedTuple):
-    region: str
+    regions: tuple[str, ...]
+    label: Label
+
+
+class Fence(NamedTuple):
+    """This program's stores so far become visible to MMAs and copies. `label` says which ones are meant."""
+
     label: Label
 
 
@@ -70,60 +80,69 @@ class Load(NamedTuple):
 
 
 class Mma(NamedTuple):
-    """Issue an MMA of the program's warpgroup; it starts once every warp of the group has issued it."""
+    """Issue this warp's share of an MMA."""
 
     reads: Reads
 
 
 class MmaWait(NamedTuple):
-    """Until at most `pending` of this warp's MMAs have not completed."""
+    """Until all of this warp's MMAs have completed, the last of them being that of `label`."""
 
-    pending: int
-
-
-Step = Wait | Arrive | Copy | BarArrive | BarWait | Store | Load | Mma | MmaWait
+    label: Label
 
 
-WAITS = (Wait, BarWait, MmaWait)
+Step = Wait | Arrive | Copy | BarArrive | BarWait | Store | Fence | Load | Mma | MmaWait
+
+
+WAITS = (Wait, BarWait)
+BEGINS_TURN = (*WAITS, MmaWait)
+ENDS_TURN = (Arrive, BarArrive)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What runs: programs by name, the MMA group each warp belongs to, and how many arrivals complete a barrier."""
+    """What runs: programs by name, and how many arrivals complete a barrier."""
 
     programs: Mapping[str, Sequence[Step]]
-    groups: Mapping[str, str]  # program -> warpgroup, for those that issue MMAs
     mbarriers: Mapping[str, int]
     named_barriers: Mapping[str, int]
 
 
+IN_FLIGHT: Label = "a copy in flight"
 Round = tuple[frozenset[str], Label | None]  # who has arrived in the open round of a barrier, and for what
-Flying = tuple[tuple[Reads, frozenset[str]], ...]  # MMAs in order: what they read, which warps have issued them
 NOBODY: Round = (frozenset(), None)
+
+
+Key = tuple[tuple[int, ...], tuple[Label | None, ...], frozenset[Copy]]
+Origin = dict[Key, tuple[Key, str] | None]  # state -> the one before it, and the move between them
 
 
 @dataclass
 class State:
-    """One moment. Keys never change, so that the values alone tell states apart."""
+    """One moment."""
 
     at: dict[str, int]  # program -> next step
     memory: dict[str, Label | None]
     phases: dict[str, int]  # mbarrier -> completed phases
     arrived: dict[str, Round]  # mbarriers and named barriers
-    issued: dict[str, int]  # warp -> MMAs
-    flying: dict[str, Flying]  # group -> MMAs
-    completed: dict[str, int]  # group -> MMAs
+    reading: dict[str, frozenset[str]]  # program -> regions that its MMAs in flight read
+    unfenced: dict[str, frozenset[str]]  # program -> regions that it has stored to since its last fence
     copies: frozenset[Copy] = frozenset()
 
     def copy(self) -> State:
-        at, memory, phases, arrived, issued, flying, completed = (d.copy() for d in self._dicts())
-        return State(at, memory, phases, arrived, issued, flying, completed, self.copies)
+        return State(
+            self.at.copy(),
+            self.memory.copy(),
+            self.phases.copy(),
+            self.arrived.copy(),
+            self.reading.copy(),
+            self.unfenced.copy(),
+            self.copies,
+        )
 
-    def key(self) -> tuple[Any, ...]:
-        return (*(tuple(d.values()) for d in self._dicts()), self.copies)
-
-    def _dicts(self) -> tuple[dict[str, Any], ...]:
-        return (self.at, self.memory, self.phases, self.arrived, self.issued, self.flying, self.completed)
+    def key(self) -> Key:
+        """Tells states apart: keys never change, and what the other members hold follows from how far all have got."""
+        return (tuple(self.at.values()), tuple(self.memory.values()), self.copies)
 
 
 def explore(protocol: Protocol) -> int:
@@ -135,15 +154,12 @@ class _Machine:
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
         self.programs = protocol.programs
-        self.group_size = {
-            group: sum(g == group for g in protocol.groups.values()) for group in protocol.groups.values()
-        }
 
     def explore(self) -> int:
         start = self._start()
         self._settle(start)
         first = start.key()
-        origin: dict[Any, tuple[Any, str] | None] = {first: None}
+        origin: Origin = {first: None}
         queue = deque([(first, start)])
         while queue:
             key, state = queue.popleft()
@@ -162,27 +178,28 @@ class _Machine:
         return len(origin)
 
     def _start(self) -> State:
-        mbarriers, groups = self.protocol.mbarriers, self.protocol.groups
+        mbarriers = self.protocol.mbarriers
         return State(
             at=dict.fromkeys(self.programs, 0),
             memory=dict.fromkeys(sorted({r for steps in self.programs.values() for s in steps for r in _regions(s)})),
             phases=dict.fromkeys(mbarriers, 0),
             arrived=dict.fromkeys([*mbarriers, *self.protocol.named_barriers], NOBODY),
-            issued=dict.fromkeys(groups, 0),
-            flying=dict.fromkeys(groups.values(), ()),
-            completed=dict.fromkeys(groups.values(), 0),
+            reading=dict.fromkeys(self.programs, frozenset()),
+            unfenced=dict.fromkeys(self.programs, frozenset()),
         )
 
-    def _moves(self, state: State) -> Iterable[tuple[str, State]]:
+    def _moves(self, state: State) -> Iterator[tuple[str, State]]:
         for name, steps in self.programs.items():
-            if state.at[name] == len(steps):
+            begin = state.at[name]
+            if begin == len(steps) or isinstance(steps[begin], WAITS):
                 continue
-            step = steps[state.at[name]]
             successor = state.copy()
-            successor.at[name] += 1
-            if self._perform(successor, name, step):
-                self._settle(successor)
-                yield f"{name}: {step}", successor
+            turn = _turn(steps, begin)
+            for step in turn:
+                self._perform(successor, name, step)
+            successor.at[name] += len(turn)
+            self._settle(successor)
+            yield f"{name}: {'; '.join(map(str, turn))}", successor
         for copy in state.copies:
             successor = state.copy()
             successor.copies = state.copies - {copy}
@@ -190,51 +207,46 @@ class _Machine:
             self._arrive(successor, f"copy of {copy.label}", copy.barrier, copy.label)
             self._settle(successor)
             yield f"copy of {copy.label} into {copy.regions} completes", successor
-        for group, flying in state.flying.items():
-            if flying and len(flying[0][1]) == self.group_size[group]:
-                successor = state.copy()
-                self._check_reads(successor, flying[0][0], f"{group}'s MMA")
-                successor.flying[group] = flying[1:]
-                successor.completed[group] += 1
-                self._settle(successor)
-                yield f"{group}'s MMA completes", successor
 
-    def _perform(self, state: State, name: str, step: Any) -> bool:
-        """Change the state by one step; False if it has to wait."""
+    def _perform(self, state: State, name: str, step: Step) -> None:
         match step:
-            case Wait():
-                return self._has_completed(state, name, step)
             case Arrive(barrier, label):
                 self._arrive(state, name, barrier, label)
             case BarArrive(barrier, label):
-                self._bar_arrive(state, name, barrier, label)
-            case BarWait(barrier):
-                return name not in state.arrived[barrier][0]
-            case Copy(regions, label, _):
-                for region in regions:
-                    self._check_unread(state, region, f"copy of {label}")
-                    state.memory[region] = ("loading", label[1])
+                self._round_completes(state, name, barrier, label, self.protocol.named_barriers[barrier])
+            case Copy(regions=regions, label=label):
+                self._check_unused(state, regions, f"copy of {label}")
+                self._check_fenced(state, regions, f"copy of {label}")
+                state.memory.update(dict.fromkeys(regions, IN_FLIGHT))
                 state.copies |= {step}
-            case Store(region, label):
-                self._check_unread(state, region, f"{name}'s store of {label}")
-                state.memory[region] = label
+            case Store(regions, label):
+                self._check_unused(state, regions, f"{name}'s store of {label}")
+                state.memory.update(dict.fromkeys(regions, label))
+                state.unfenced[name] |= set(regions)
+            case Fence():
+                state.unfenced[name] = frozenset()
             case Load(region, label):
                 self._check_reads(state, ((region, label),), f"{name}'s load")
             case Mma(reads):
-                self._issue(state, name, reads)
-            case MmaWait(pending):
-                group = self.protocol.groups[name]
-                return state.issued[name] - state.completed[group] <= pending
-        return True
+                self._check_reads(state, reads, f"{name}'s MMA")
+                self._check_fenced(state, _regions(step), f"{name}'s MMA")
+                state.reading[name] |= set(_regions(step))
+            case MmaWait():
+                state.reading[name] = frozenset()
 
     def _settle(self, state: State) -> None:
         """Take waits that are over at once: fewer orders, the same outcomes. `_check_overrun` covers the late ones."""
         for name, steps in self.programs.items():
-            while state.at[name] < len(steps):
-                step = steps[state.at[name]]
-                if not (isinstance(step, WAITS) and self._perform(state, name, step)):
-                    break
-                state.at[name] += 1
+            at = state.at[name]
+            while at < len(steps):
+                match step := steps[at]:
+                    case Wait() if self._has_completed(state, name, step):
+                        at += 1
+                    case BarWait(barrier) if name not in state.arrived[barrier][0]:
+                        at += 1
+                    case _:
+                        break
+            state.at[name] = at
 
     def _check_overrun(self, state: State, barrier: str) -> None:
         """A program that has just passed a wait might as well stand before it still, and must then pass it later."""
@@ -262,9 +274,6 @@ class _Machine:
             state.phases[barrier] += 1
             self._check_overrun(state, barrier)
 
-    def _bar_arrive(self, state: State, name: str, barrier: str, label: Label) -> None:
-        self._round_completes(state, name, barrier, label, self.protocol.named_barriers[barrier])
-
     def _round_completes(self, state: State, name: str, barrier: str, label: Label, needed: int) -> bool:
         arrived, of = state.arrived[barrier]
         if name in arrived or of not in (None, label):
@@ -274,31 +283,23 @@ class _Machine:
         state.arrived[barrier] = NOBODY if complete else (arrived, label)
         return complete
 
-    def _issue(self, state: State, name: str, reads: Reads) -> None:
-        group = self.protocol.groups[name]
-        flying = state.flying[group]
-        index = state.issued[name] - state.completed[group]
-        state.issued[name] += 1
-        self._check_reads(state, reads, f"{name}'s MMA")
-        if index == len(flying):
-            state.flying[group] = (*flying, (reads, frozenset({name})))
-            return
-        issued_reads, issuers = flying[index]
-        if issued_reads != reads:
-            raise Violation(f"{name} issues an MMA other than the one its warpgroup has begun")
-        state.flying[group] = (*flying[:index], (reads, issuers | {name}), *flying[index + 1 :])
-
     def _check_reads(self, state: State, reads: Reads, who: str) -> None:
         for region, label in reads:
             if state.memory[region] != label:
                 raise Violation(f"{who} expects {label} in {region}, which holds {state.memory[region]}")
 
-    def _check_unread(self, state: State, region: str, who: str) -> None:
-        for group, flying in state.flying.items():
-            if any(region == read for reads, _ in flying for read, _ in reads):
-                raise Violation(f"{who} overwrites {region}, which an MMA of {group} is reading")
-        if any(region in copy.regions for copy in state.copies):
-            raise Violation(f"{who} overwrites {region}, into which a copy is in flight")
+    def _check_fenced(self, state: State, regions: tuple[str, ...], who: str) -> None:
+        for name, stored in state.unfenced.items():
+            if not stored.isdisjoint(regions):
+                raise Violation(f"{who} uses what {name} has stored but not fenced: {stored.intersection(regions)}")
+
+    def _check_unused(self, state: State, regions: tuple[str, ...], who: str) -> None:
+        for name, reading in state.reading.items():
+            if not reading.isdisjoint(regions):
+                raise Violation(f"{who} overwrites {reading.intersection(regions)}, which an MMA of {name} is reading")
+        for copy in state.copies:
+            if not set(regions).isdisjoint(copy.regions):
+                raise Violation(f"{who} overwrites some of {copy.regions}, into which a copy is in flight")
 
     def _check_end(self, state: State) -> None:
         stuck = {
@@ -310,18 +311,26 @@ class _Machine:
             raise Violation(f"the programs end with open rounds: {still_open}")
 
 
-def _regions(step: Any) -> tuple[str, ...]:
+def _turn(steps: Sequence[Step], begin: int) -> Sequence[Step]:
+    """What a program does without letting the others take turns."""
+    end = begin + 1
+    while end < len(steps) and not isinstance(steps[end - 1], ENDS_TURN) and not isinstance(steps[end], BEGINS_TURN):
+        end += 1
+    return steps[begin:end]
+
+
+def _regions(step: Step) -> tuple[str, ...]:
     match step:
-        case Copy():
+        case Copy() | Store():
             return step.regions
-        case Store() | Load():
+        case Load():
             return (step.region,)
         case Mma():
             return tuple(region for region, _ in step.reads)
     return ()
 
 
-def _trail(origin: Mapping[Any, tuple[Any, str] | None], key: Any) -> list[str]:
+def _trail(origin: Origin, key: Key) -> list[str]:
     moves: list[str] = []
     while (step := origin[key]) is not None:
         key, move = step

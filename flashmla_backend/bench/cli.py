@@ -1,9 +1,8 @@
-"""The commands `flashmla bench kernels` and `flashmla bench show`."""
+"""The commands of `flashmla bench`."""
 
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flashmla_backend.bench.serve.cli import serve
+from flashmla_backend.bench.soak.cli import soak
+from flashmla_backend.bench.steps.cli import steps
 from flashmla_backend.errors import FlashMLAError, InvalidArgument
 
-app = typer.Typer(help="Measure decode kernels, ours beside others.", no_args_is_help=True)
+app = typer.Typer(help="Measure decode kernels and engines, ours beside others.", no_args_is_help=True)
+app.command()(steps)
+app.command()(serve)
+app.command()(soak)
 out, err = Console(), Console(stderr=True)
 
 GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
@@ -25,10 +30,10 @@ EVERYONE = "ours,naive,torch_absorbed,torch_chunked,flashmla,fa3,fa3auto,flashin
 
 @app.command()
 def kernels(
-    heads: Annotated[str, typer.Option(help=f"Query heads. [default: {GPU_DEFAULTS['heads']}]")] = "",
-    sq: Annotated[str, typer.Option(help=f"Query tokens of a request. [default: {GPU_DEFAULTS['s_q']}]")] = "",
-    batch: Annotated[str, typer.Option(help=f"Requests. [default: {GPU_DEFAULTS['batch']}]")] = "",
-    lens: Annotated[str, typer.Option(help=f"Tokens in the cache. [default: {GPU_DEFAULTS['lens']}]")] = "",
+    heads: Annotated[str, typer.Option(help="Query heads.", show_default=GPU_DEFAULTS["heads"])] = "",
+    sq: Annotated[str, typer.Option(help="Query tokens of a request.", show_default=GPU_DEFAULTS["s_q"])] = "",
+    batch: Annotated[str, typer.Option(help="Requests.", show_default=GPU_DEFAULTS["batch"])] = "",
+    lens: Annotated[str, typer.Option(help="Tokens in the cache.", show_default=GPU_DEFAULTS["lens"])] = "",
     kinds: Annotated[str, typer.Option(help="Lengths of a batch: fixed, var, or both.")] = ",".join(KINDS),
     impls: Annotated[str, typer.Option(help="Who is measured, where it can run.")] = EVERYONE,
     budget: Annotated[float, typer.Option(help="Seconds; shapes that do not fit are left out, and said so.")] = 600,
@@ -47,6 +52,7 @@ def kernels(
     from flashmla_backend.bench import report
     from flashmla_backend.bench.contenders import OURS
     from flashmla_backend.bench.problems import grid
+    from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.run import run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,8 +78,8 @@ def kernels(
     except FlashMLAError as error:
         err.print(f"[bold red]{error}", highlight=False)
         raise typer.Exit(2) from None
-    made = report.make(results, shlex.join(["flashmla", *sys.argv[1:]]), commit)
-    report.write(made, output)
+    made = report.make(results, ["flashmla", *sys.argv[1:]], commit)
+    write(made, output)
     present(made, output)
     if OURS in results.wrong():
         err.print("[bold red]our own answers are wrong: see the report's check")
@@ -84,13 +90,17 @@ def kernels(
 def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exists=True, dir_okay=False)]) -> None:
     """Print reports and plot them again."""
     from flashmla_backend.bench.report import summarise
+    from flashmla_backend.bench.serve.cli import present as present_serving
 
     for path in reports:
         made = json.loads(path.read_text())
-        if not isinstance(made, dict) or "rows" not in made:
-            err.print(f"[bold red]{path} is no report of `flashmla bench kernels`", highlight=False)
+        if isinstance(made, dict) and "served_by" in made and "rows" in made:
+            present_serving(made, path)
+        elif isinstance(made, dict) and "read_reduce_GBs" in made:
+            present({**made, "summary": summarise(made["rows"])}, path)
+        else:
+            err.print(f"[bold red]{path} is no report of `bench kernels` or `bench serve`", highlight=False)
             raise typer.Exit(2)
-        present({**made, "summary": summarise(made["rows"])}, path)
 
 
 def present(made: dict[str, Any], path: Path) -> None:

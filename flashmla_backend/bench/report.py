@@ -7,34 +7,26 @@ best_rival_us, <contender>: {us, min_us, tflops, gbs}}.
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from flashmla_backend.bench.contenders import OURS
+from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.bench.run import Results
 
 SLOWER = 0.98  # below this a speed-up counts as a loss
 
 
-def make(results: Results, command: str, commit: str | None) -> dict[str, Any]:
+def make(results: Results, command: Sequence[str], commit: str | None) -> dict[str, Any]:
     """The report of a run."""
     machine = results.machine
     return {
-        "device": machine.name,
+        **provenance(machine.name, command, commit),
         "sms": machine.sms,
         "l2": machine.l2_bytes,
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or git_commit(),
-        "command": command,
         "copy_GBs": round(machine.copy_gbs, 2),
         "read_reduce_GBs": round(machine.read_gbs, 2),
         "mm8192_TFLOPs": round(machine.matmul_tflops, 3),
@@ -44,20 +36,6 @@ def make(results: Results, command: str, commit: str | None) -> dict[str, Any]:
         "summary": summarise(results.rows),
         "wall_s": round(results.wall_s, 1),
     }
-
-
-def git_commit() -> str | None:
-    """The commit of this source tree, None where there is no git or no repository."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def contenders_of(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from flashmla_backend import DecodePlan, mla_decode
-from flashmla_backend.dispatch import path_name
+from flashmla_backend.dispatch import NAMES, path_of
 from flashmla_backend.paging import D_QK, D_V
 from flashmla_backend.schedule import TILE_TOKENS
 from flashmla_backend.selfcheck import check_decode
@@ -49,7 +49,7 @@ class FlashMLABackend(PrefillBackend):
         logger.info(
             "flashmla_backend %s serves MLA decode: %s, %d-token pages",
             version("flashmla_backend"),
-            path_name(self.req_to_token.device),
+            NAMES[path_of(self.req_to_token.device)],
             TILE_TOKENS,
         )
 

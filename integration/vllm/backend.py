@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
+from vllm.platforms import current_platform
 
 from flashmla_backend.paging import D_QK
 from flashmla_backend.schedule import TILE_TOKENS
@@ -22,7 +23,7 @@ PAGE_SIZE = TILE_TOKENS  # vLLM splits blocks of 128 and 256 tokens into pages o
 class FlashMLABackend(MLACommonBackend):
     """vLLM's FLASHMLA, served by flashmla_backend."""
 
-    # float32 is for the CPU: tokens there equal those of a plain fp32 model.
+    # float32 is for the CPU alone: tokens there equal those of a plain fp32 model.
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "bfloat16", "float16"]
 
@@ -65,4 +66,6 @@ class FlashMLABackend(MLACommonBackend):
         cached = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kv_cache_dtype or "auto", dtype)
         if cached != dtype:
             return f"a {cached} cache for a {dtype} model is not supported"
+        if dtype == torch.float32 and not current_platform.is_cpu():
+            return "float32 is served on the CPU only, the Hopper kernels take bfloat16 and float16"
         return None

@@ -1,8 +1,14 @@
-"""Once a step: the decoding requests of the batch become one plan, which every layer then follows."""
+"""Once a step: the decoding requests of the batch become one plan, which every layer then follows.
+
+CUDA graphs keep addresses, so nothing that a layer reads may move between steps. vLLM sees to it for lengths and block
+tables, which lie in tensors of its model runner; the planner for the plan and the workspace.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -16,18 +22,29 @@ from vllm.model_executor.layers.attention.mla_attention import (
 )
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from flashmla_backend import DecodePlan, plan_decode
+from flashmla_backend.api import DecodePlan
+from flashmla_backend.dispatch import NAMES, path_of
 
-from . import LOGGER_NAME, compat
+from ..planner import StepPlanner
+from . import LOGGER_NAME
 
 logger = init_logger(LOGGER_NAME)
 
 
 @dataclass
 class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
-    """The decoding requests of a step, with the plan of their attention."""
+    """The decoding requests of a step."""
 
-    plan: DecodePlan
+    plan_step: Callable[[], DecodePlan]
+
+    @cached_property
+    def plan(self) -> DecodePlan:
+        """Made when the first layer asks, so that a CUDA graph of the layers holds the planning too.
+
+        A replayed graph then follows the lengths it finds, and vLLM may replay one without building metadata first, as
+        it does for drafts. It captures with metadata that no layer has asked yet.
+        """
+        return self.plan_step()
 
 
 class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashMLADecodeMetadata]]):
@@ -39,26 +56,32 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        heads = self.num_heads * self.dcp_world_size  # DCP splits the tokens among its ranks and gathers their heads
+        self.planner = StepPlanner(
+            device, h_q=heads, page_size=self.page_size, longest_query=self.reorder_batch_threshold
+        )
         logger.info_once(
-            "flashmla_backend %s serves MLA decode: CPU reference path, %d-token pages",
+            "flashmla_backend %s serves MLA decode: %s, %d-token pages, %d query heads, workspace %.0f MiB",
             version("flashmla_backend"),
+            NAMES[path_of(device)],
             self.page_size,
+            heads,
+            self.planner.workspace.nbytes / 2**20,
         )
 
     def _build_decode(
         self,
         block_table_tensor: torch.Tensor,  # [B, W] int32
         seq_lens_device: torch.Tensor,  # [B] int32, 0 for rows of padding
-        query_start_loc_cpu: torch.Tensor,  # [B + 1] int32
+        num_decode_tokens: int,  # B * new tokens of each, those of padding included
         dcp_tot_seq_lens_device: torch.Tensor | None,
         **_: Any,
     ) -> FlashMLADecodeMetadata:
-        plan = plan_decode(
-            seq_lens_device,
-            block_table_tensor,
-            s_q=compat.uniform_query_len(query_start_loc_cpu),
-            h_q=self.num_heads,
-            page_size=self.page_size,
-            causal=True,
+        s_q = num_decode_tokens // seq_lens_device.shape[0]
+        plan_step = self.planner.step(seq_lens_device, block_table_tensor, s_q)
+        return FlashMLADecodeMetadata(
+            block_table=block_table_tensor,
+            seq_lens=seq_lens_device,
+            dcp_tot_seq_lens=dcp_tot_seq_lens_device,
+            plan_step=plan_step,
         )
-        return FlashMLADecodeMetadata(block_table_tensor, seq_lens_device, dcp_tot_seq_lens_device, plan)

@@ -18,7 +18,7 @@ class FlashMLAImpl(MLACommonImpl[MLACommonMetadata[FlashMLADecodeMetadata]]):
     """Decode of one layer through flashmla_backend; prefill and the projections around it are vLLM's."""
 
     can_return_lse_for_decode: bool = True
-    supports_dcp: bool = False
+    supports_dcp: bool = True
 
     def __init__(
         self,
@@ -77,13 +77,14 @@ class FlashMLAImpl(MLACommonImpl[MLACommonMetadata[FlashMLADecodeMetadata]]):
         assert decode is not None  # vLLM calls only when the batch has decoding requests
         if isinstance(q, tuple):
             q = torch.cat(q, dim=-1)
+        tokens, heads, width = q.shape
         out, lse = mla_decode(
-            q.unflatten(0, (attn_metadata.num_decodes, -1)),  # [B, S_q, N, 576]
+            q.view(attn_metadata.num_decodes, -1, heads, width),  # [B, S_q, N, 576]
             kv_c_and_k_pe_cache.unsqueeze(2),  # [pages, 64, 1, 576]
             decode.plan,
             softmax_scale=self.scale,
         )
-        return out.flatten(0, 1), lse.flatten(0, 1)
+        return out.view(tokens, heads, -1), lse.view(tokens, heads)
 
     def do_kv_cache_update(
         self,

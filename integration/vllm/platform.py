@@ -101,6 +101,13 @@ def _check_request(vllm_config: Any) -> None:
         raise InvalidArgument(
             f"block_size is {cache.block_size}; {FLAG} takes {', '.join(map(str, BLOCK_SIZES))} tokens"
         )
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.use_eagle() and drafts.attention_backend != AttentionBackendEnum.FLASHMLA:
+        # vLLM chooses anew for the drafting model, and its own CPU backend cannot share our pages.
+        raise Unsupported(
+            f"speculative_config has method {drafts.method!r} without the backend of the drafting model; add "
+            '"attention_backend": "flashmla" to it'
+        )
     if "+rotary_embedding" in vllm_config.compilation_config.custom_ops:
         raise Unsupported(
             "custom_ops has '+rotary_embedding', which rotates MLA queries wrongly on the CPU; leave it out"

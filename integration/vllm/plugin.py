@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from flashmla_backend.errors import Unsupported
 
@@ -60,7 +61,7 @@ def cpu_platform_path() -> str | None:
     builtin = cpu_platform_plugin()
     if builtin is None:
         return None
-    compat.check_version(found, oldest=compat.OLDEST_WITH_CPU_MLA)
+    compat.check_version(found, oldest=compat.OLDEST_ON_CPU)
     if builtin not in CPU_PLATFORMS:
         raise Unsupported(f"vLLM chose {builtin}; known CPU platforms are {', '.join(CPU_PLATFORMS)}")
     return CPU_PLATFORMS[builtin]
@@ -76,5 +77,21 @@ def _check_hardware() -> None:
                 f"vLLM runs {platform}, which ignores --attention-backend for MLA; "
                 "unset VLLM_TARGET_DEVICE and let VLLM_PLUGINS include flashmla_backend_cpu"
             )
+    elif current_platform.is_cuda():
+        _check_gpu(current_platform)
     else:
-        raise Unsupported(f"vLLM runs {platform}; this release serves vLLM on CPUs only")
+        raise Unsupported(f"vLLM runs {platform}; flashmla_backend serves it on Hopper GPUs and on CPUs")
+
+
+def _check_gpu(platform: Any) -> None:
+    from flashmla_backend.dispatch import why_no_kernels
+
+    capability = platform.get_device_capability()  # asked of the driver's library: CUDA stays uninitialised
+    if capability is None:
+        raise Unsupported("vLLM cannot tell the GPU's compute capability")
+    if reason := why_no_kernels((capability.major, capability.minor)):
+        raise Unsupported(
+            f"{platform.get_device_name()} (compute capability {capability.major}.{capability.minor}) has no decode "
+            f"kernels that vLLM could capture in a CUDA graph: {reason}, and FlashInfer, which the Python API uses on "
+            "other GPUs, plans on the host"
+        )

@@ -28,8 +28,7 @@ py::dict build_info() {
   const flashmla_build_info info = flashmla_get_build_info();
   return py::dict("version"_a = info.version, "cuda_version"_a = info.cuda_version,
                   "arch"_a = info.arch, "cutlass_version"_a = info.cutlass_version,
-                  "compiler"_a = info.compiler,
-                  "has_decode_kernels"_a = info.has_decode_kernels != 0);
+                  "compiler"_a = info.compiler);
 }
 
 int device_count() {

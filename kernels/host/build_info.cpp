@@ -15,6 +15,5 @@ flashmla_build_info flashmla_get_build_info() {
   info.arch = FLASHMLA_ARCH;
   info.cutlass_version = FLASHMLA_CUTLASS_VERSION;
   info.compiler = FLASHMLA_COMPILER;
-  info.has_decode_kernels = 1;
   return info;
 }

@@ -108,7 +108,7 @@ flashmla_status validate(const flashmla_schedule_params& p) {
       [&] { return check_range("num_parts", p.num_parts, 1, FLASHMLA_SCHEDULE_MAX_PARTS); },
       cost("cost.page", p.cost.page), cost("cost.item", p.cost.item),
       cost("cost.empty_item", p.cost.empty_item), cost("cost.reduction", p.cost.reduction),
-      cost("cost.reduction_per_split", p.cost.reduction_per_split));
+      cost("cost.partial", p.cost.partial));
   if (numbers != FLASHMLA_OK) return numbers;
   if (p.cost.empty_item >= p.cost.item + p.cost.page) {
     return fail(FLASHMLA_INVALID_ARGUMENT,

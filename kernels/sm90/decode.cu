@@ -74,8 +74,8 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
       launch_dependent(decode_kernel<Element>, grid, kThreads, kSharedBytes, p.stream, arguments);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
-  constexpr int kCombineBlocks = 132 * 4;
-  const int combine_blocks = p.batch * p.h_kv * arguments.rows;
+  constexpr int kCombineBlocks = 132 * kCombineBlocksPerSm;
+  const int combine_blocks = p.batch * p.h_kv * arguments.rows * kRowVectors;
   error = launch_dependent(combine_kernel<Element>,
                            dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
                            kCombineThreads, 0, p.stream, arguments);

@@ -1,5 +1,5 @@
 // The tile scheduler of flashmla_backend/schedule.py as the work of thread blocks: each block
-// proposes the schedule of one candidate cap, the cheapest proposal is published.
+// proposes the schedule of one candidate, the cheapest proposal is published.
 //
 // Nothing here but integer arithmetic, __syncthreads and warp intrinsics, so that a host program
 // can emulate a block (tests/emulation).
@@ -14,7 +14,8 @@ namespace flashmla::schedule {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCandidates = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;  // "no cut", then m pieces per part
+constexpr int kLevel = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;  // ranks: no cut, m pieces a part, level
+constexpr int kCandidates = kLevel + 1;
 constexpr int kMaxParts = FLASHMLA_SCHEDULE_MAX_PARTS;
 constexpr int kPageTokens = 64;
 constexpr int kMinSplitPages = 2;
@@ -32,13 +33,23 @@ struct Arguments {
   int32_t* split_offsets;
 };
 
+// Of the level candidate: where the line of requests is cut at the begin of each part.
+struct Boundaries {
+  int64_t position[kMaxParts + 1];
+  int request[kMaxParts + 1];
+  int cut_page[kMaxParts + 1];  // of the boundaries inside a request, in order
+};
+
 // The part of shared memory whose size is fixed; Workspace adds the rest.
 struct FixedShared {
   int64_t totals[kCandidates];  // predicted cost by block rank
   int64_t wide_values[kWarps];
   int64_t load_keys[2][kMaxParts];  // load << 9 | part
   int values[2][kWarps];
-  int digit_offsets[kDigits][kWarps + 1];  // odd stride: digits fall into different banks
+  union {
+    int digit_offsets[kDigits][kWarps + 1];  // odd stride: digits fall into different banks
+    Boundaries boundaries;
+  };
   int part_items[kMaxParts];
   int part_first[kMaxParts + 1];
 };
@@ -52,6 +63,7 @@ struct Workspace {
   int* piece_pages;      // [max_items]
   uint16_t* order[2];    // [max_items] pieces, costliest first
   uint16_t* piece_part;  // [max_items] by position in that order
+  int64_t* starts;       // [batch + 1] of the level candidate, in the place of the last four
 
   __device__ Workspace(uint8_t* raw, int batch, int max_items)
       : fixed(reinterpret_cast<FixedShared*>(raw)),
@@ -60,7 +72,8 @@ struct Workspace {
         split_first(first_piece + batch + 1),
         piece_pages(split_first + batch + 1),
         order{reinterpret_cast<uint16_t*>(piece_pages + max_items), order[0] + max_items},
-        piece_part(order[1] + max_items) {}
+        piece_part(order[1] + max_items),
+        starts(reinterpret_cast<int64_t*>(piece_pages + (batch % 2 == 0 ? 0 : 1))) {}
 
   static constexpr size_t bytes(int batch, int max_items) {
     return sizeof(FixedShared) + sizeof(int) * (3 * static_cast<size_t>(batch) + 2 + max_items) +
@@ -90,27 +103,26 @@ class Scheduler {
   __device__ Scheduler(const Arguments& a, const Workspace& w)
       : a_(a), w_(w), thread_(threadIdx.x), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
 
-  // Works out the schedule of candidate `rank`: 0 does not cut, m allows m pieces per part. Returns
-  // its predicted cost, kNoProposal if m pieces per part are too few. Caps fall with the rank, so
-  // the lowest rank of equal cost is the specification's choice.
+  // Works out the schedule of candidate `rank`: 0 does not cut, m allows m pieces per part, the
+  // last is level. Returns its predicted cost, kNoProposal if it cannot be. The lowest rank of
+  // equal cost is the specification's choice.
   __device__ int64_t propose(int rank) {
+    level_ = rank == kLevel;
+    if (level_) return propose_level();
     const int limit = rank * a_.parts;
     if (rank > 0 && a_.batch > limit) return kNoProposal;
     const int longest = read_pages();
     const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
     cut(cap);
     sort(cap > kMinSplitPages ? cap : 2 * kMinSplitPages - 1);
-    const int64_t busiest = deal();
-    const int splits = piece_count(longest, cap);
-    return splits == 1 ? busiest
-                       : busiest + a_.cost.reduction +
-                             static_cast<int64_t>(splits) * a_.cost.reduction_per_split;
+    return with_reduction(deal());
   }
 
   // Writes the proposed schedule out.
   __device__ void publish() {
-    fill_offsets(w_.fixed->part_first, a_.parts,
-                 [&](int part) { return w_.fixed->part_items[part]; });
+    if (!level_)
+      fill_offsets(w_.fixed->part_first, a_.parts,
+                   [&](int part) { return w_.fixed->part_items[part]; });
     fill_offsets(w_.split_first, a_.batch, [&](int request) {
       const int count = w_.first_piece[request + 1] - w_.first_piece[request];
       return count > 1 ? count : 0;
@@ -119,11 +131,12 @@ class Scheduler {
       a_.part_offsets[i] = w_.fixed->part_first[i];
     for (int i = thread_; i <= a_.batch; i += kThreads) a_.split_offsets[i] = w_.split_first[i];
     for (int i = thread_; i < pieces_; i += kThreads) {
-      const int piece = order_[i], request = request_of(piece);
+      const int piece = level_ ? i : order_[i], request = request_of(piece);
       const int first = w_.first_piece[request], count = w_.first_piece[request + 1] - first;
-      const Range range = piece_range(w_.pages[request], piece - first, count);
+      const Range range = level_ ? level_range(request, piece)
+                                 : piece_range(w_.pages[request], piece - first, count);
       const int split = count > 1 ? w_.split_first[request] + piece - first : -1;
-      a_.items[w_.fixed->part_first[w_.piece_part[i]] + i / a_.parts] =
+      a_.items[level_ ? i : w_.fixed->part_first[w_.piece_part[i]] + i / a_.parts] =
           make_int4(request, range.begin, range.end, split);
     }
     for (int i = pieces_ + thread_; i < a_.max_items; i += kThreads)
@@ -176,6 +189,141 @@ class Scheduler {
       w_.order[0][piece] = static_cast<uint16_t>(piece);
     }
     __syncthreads();
+  }
+
+  // All requests end to end on a line of cost, cut wherever a part's equal share ends.
+  __device__ int64_t propose_level() {
+    if (a_.batch + a_.parts > FLASHMLA_SCHEDULE_MAX_ROUNDS * a_.parts) return kNoProposal;
+    read_pages();
+    const int64_t total = fill_starts(), share = (total + a_.parts - 1) / a_.parts;
+    if (share < a_.cost.item + static_cast<int64_t>(kMinSplitPages) * a_.cost.page)
+      return kNoProposal;
+    Boundaries& boundaries = w_.fixed->boundaries;
+    // One boundary a thread. A piece that begins at the n-th cut has n cuts before it, and as many
+    // whole requests as its own has predecessors: that numbers pieces along the line.
+    const int part = thread_;
+    int request = 0, page = 0;
+    if (part > 0 && part <= a_.parts) cut_at(part * share, &request, &page);
+    const int inside = page > 0;
+    int cuts;
+    const int before = exclusive_scan(inside, &cuts);
+    if (part <= a_.parts) {
+      boundaries.request[part] = request;
+      boundaries.position[part] =
+          w_.starts[request] +
+          (inside ? a_.cost.item + static_cast<int64_t>(page) * a_.cost.page : 0);
+      w_.fixed->part_first[part] = request + before + inside;
+      if (inside) boundaries.cut_page[before] = page;
+    }
+    __syncthreads();
+    pieces_ = fill_offsets(w_.first_piece, a_.batch, [&](int of) { return 1 + cuts_in(of); });
+    // A part that begins inside a request pays for an item of its own.
+    const int64_t load = part < a_.parts
+                             ? boundaries.position[part + 1] - boundaries.position[part] +
+                                   (inside ? a_.cost.item : 0)
+                             : 0;
+    return with_reduction(block_max(load));
+  }
+
+  // Adds what merging the partial results costs.
+  __device__ int64_t with_reduction(int64_t busiest) {
+    int partials = 0;
+    for (int i = thread_; i < a_.batch; i += kThreads) {
+      const int count = w_.first_piece[i + 1] - w_.first_piece[i];
+      partials += count > 1 ? count : 0;
+    }
+    partials = __reduce_add_sync(kAllLanes, partials);
+    const int* values = exchange(partials, lane_ == 0);
+    partials = __reduce_add_sync(kAllLanes, values[lane_]);
+    return partials == 0
+               ? busiest
+               : busiest + a_.cost.reduction + static_cast<int64_t>(partials) * a_.cost.partial;
+  }
+
+  // starts[i] = predicted cost of requests 0 .. i - 1; returns the last.
+  __device__ int64_t fill_starts() {
+    const int own = (a_.batch + kThreads - 1) / kThreads;
+    const int first = thread_ * own < a_.batch ? thread_ * own : a_.batch;
+    const int last = first + own < a_.batch ? first + own : a_.batch;
+    int64_t sum = 0;
+    for (int i = first; i < last; ++i) sum += cost_of(w_.pages[i]);
+    int64_t inclusive = sum;
+    for (int step = 1; step < 32; step *= 2) {
+      const int64_t other = __shfl_up_sync(kAllLanes, inclusive, step);
+      if (lane_ >= step) inclusive += other;
+    }
+    if (lane_ == 31) w_.fixed->wide_values[warp_] = inclusive;
+    __syncthreads();
+    int64_t before = 0, total = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (warp < warp_) before += w_.fixed->wide_values[warp];
+      total += w_.fixed->wide_values[warp];
+    }
+    int64_t start = before + inclusive - sum;
+    for (int i = first; i < last; ++i) {
+      w_.starts[i] = start;
+      start += cost_of(w_.pages[i]);
+    }
+    if (thread_ == 0) w_.starts[a_.batch] = total;
+    __syncthreads();
+    return total;
+  }
+
+  // The last page boundary at or before `position` of the line, moved to an end of its request
+  // where a piece would be smaller than kMinSplitPages. The end of a request is the begin of the
+  // next.
+  __device__ void cut_at(int64_t position, int* request, int* page) const {
+    *page = 0;
+    *request = a_.batch;
+    if (position >= w_.starts[a_.batch]) return;
+    int low = 0, high = a_.batch;  // starts[low] <= position < starts[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      if (w_.starts[middle] <= position) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    *request = low;
+    const int64_t inside = position - w_.starts[low] - a_.cost.item;
+    const int own = inside > 0 ? static_cast<int>(inside / a_.cost.page) : 0;
+    if (own < kMinSplitPages) return;
+    if (w_.pages[low] - own >= kMinSplitPages) {
+      *page = own;
+    } else {
+      *request = low + 1;
+    }
+  }
+
+  // Boundaries inside a request: those of it less the one at its begin, if there is one.
+  __device__ int cuts_in(int request) const {
+    const auto cuts_before = [&](int limit) {  // request[i] < limit for i < low
+      int low = 0, high = a_.parts + 1;
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (w_.fixed->boundaries.request[middle] < limit) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      // part_first counts cuts and requests.
+      return low == 0 ? 0 : w_.fixed->part_first[low - 1] - w_.fixed->boundaries.request[low - 1];
+    };
+    return cuts_before(request + 1) - cuts_before(request);
+  }
+
+  __device__ Range level_range(int request, int piece) const {
+    const int cut = piece - request;  // cuts before the end of this piece
+    return {piece == w_.first_piece[request] ? 0 : w_.fixed->boundaries.cut_page[cut - 1],
+            piece + 1 == w_.first_piece[request + 1] ? w_.pages[request]
+                                                     : w_.fixed->boundaries.cut_page[cut]};
+  }
+
+  __device__ __forceinline__ int64_t cost_of(int pages) const {
+    return pages == 0 ? a_.cost.empty_item
+                      : a_.cost.item + static_cast<int64_t>(pages) * a_.cost.page;
   }
 
   // Stable radix sort, most pages first: pieces of equal cost stay in order of request and number.
@@ -262,8 +410,7 @@ class Scheduler {
       if (rank < a_.parts && start + rank < pieces_) {
         const int pages = pages_at(start + rank);
         w_.piece_part[start + rank] = static_cast<uint16_t>(part);
-        load += pages == 0 ? a_.cost.empty_item
-                           : a_.cost.item + static_cast<int64_t>(pages) * a_.cost.page;
+        load += cost_of(pages);
         ++items;
       }
       w_.fixed->load_keys[buffer ^ 1][part] = load << 9 | part;
@@ -330,6 +477,7 @@ class Scheduler {
 
   __device__ int64_t block_max(int64_t value) {
     value = warp_max(value);
+    __syncthreads();  // earlier values have been read
     if (lane_ == 0) w_.fixed->wide_values[warp_] = value;
     __syncthreads();
     return warp_max(w_.fixed->wide_values[lane_]);
@@ -346,6 +494,7 @@ class Scheduler {
   const Arguments& a_;
   const Workspace& w_;
   const int thread_, lane_, warp_;
+  bool level_ = false;
   int pieces_ = 0;
   const uint16_t* order_ = nullptr;
   int turn_ = 0;

@@ -32,6 +32,13 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// 2^x; numbers too small for a normal float become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -44,12 +51,12 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
-  float sum[2] = {0.0f, 0.0f};                                // of this thread's columns only
-
-  float anchor[2];  // what exponents are relative to, in log2 units
+  float limit[2] = {kNegativeInfinity, kNegativeInfinity};    // a larger score asks for a rescale
+  float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units
+  float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
 
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
-  // this warp's rows of O must be multiplied by `rescale`.
+  // this warp's rows of O must be multiplied by `rescale`, which is set only then.
   __device__ __forceinline__ bool advance(float (&scores)[32], const int (&visible)[2],
                                           float scale_log2, float (&rescale)[2]) {
     if (visible[0] < 64 || visible[1] < 64) {
@@ -59,28 +66,32 @@ struct OnlineSoftmax {
         if (8 * (i / 4) + column + (i & 1) >= visible[(i >> 1) & 1]) scores[i] = kNegativeInfinity;
       }
     }
-    float largest[2] = {scores[0], scores[2]};
+    // Four running maxima a row, or the latency of one chain would be what this costs.
+    float largest[2][4];
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      largest[(i >> 1) & 1] = fmaxf(largest[(i >> 1) & 1], scores[i]);
+      float& x = largest[(i >> 1) & 1][(i & 1) + 2 * ((i >> 2) & 1)];
+      x = i < 8 ? scores[i] : fmaxf(x, scores[i]);
     }
     bool grown = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      largest[r] = quad_max(largest[r]);
-      grown |= (largest[r] - maximum[r]) * scale_log2 > kLazyRescale;
+      largest[r][0] =
+          fmaxf(fmaxf(largest[r][0], largest[r][1]), fmaxf(largest[r][2], largest[r][3]));
+      grown |= largest[r][0] > limit[r];
     }
-    const bool must_rescale = __any_sync(~0u, grown);
+    if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float next = must_rescale ? fmaxf(maximum[r], largest[r]) : maximum[r];
+      const float next = fmaxf(maximum[r], quad_max(largest[r][0]));
       // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
       anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
-      rescale[r] = exp2f(maximum[r] * scale_log2 - anchor[r]);
+      limit[r] = next + kLazyRescale / scale_log2;
+      rescale[r] = exp2_fast(maximum[r] * scale_log2 - anchor[r]);
       maximum[r] = next;
       sum[r] *= rescale[r];
     }
-    return must_rescale;
+    return true;
   }
 
   // Probabilities of the tile's columns 16 k .. 16 k + 15, packed as the A operand of one wgmma.
@@ -90,8 +101,8 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = 8 * k + 2 * j, r = j & 1;
-      const float low = exp2f(fmaf(scores[i], scale_log2, -anchor[r]));
-      const float high = exp2f(fmaf(scores[i + 1], scale_log2, -anchor[r]));
+      const float low = exp2_fast(fmaf(scores[i], scale_log2, -anchor[r]));
+      const float high = exp2_fast(fmaf(scores[i + 1], scale_log2, -anchor[r]));
       sum[r] += low + high;
       probabilities[j] = pack<Element>(low, high);
     }

@@ -1,39 +1,18 @@
-// One small decode on the GPU with a schedule made by hand and no Python in sight, against double
-// precision on the host; then the same by the textbook kernel. Exit code: 0 both are right, 1 one
-// is not, 2 no device.
-#include <cuda_bf16.h>
+// Small decodes on the GPU with no Python in sight, against double precision on the host: with a
+// schedule made by hand, with the device scheduler's, and by the textbook kernel. Prints one line
+// for each case. Exit code: 0 all are right, 1 one is not, 2 no device.
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
-#include <random>
-#include <vector>
+#include <memory>
 
-#include "flashmla/decode.h"
+#include "decode_problem.h"
 #include "flashmla/device.h"
 #include "flashmla/naive.h"
+#include "flashmla/schedule.h"
 
 namespace {
-
-constexpr int kBatch = 3, kQueries = 2, kHeads = 20, kWidth = 576, kLatent = 512, kPageTokens = 64;
-constexpr int kRows = kQueries * kHeads, kPages = 20, kTableWidth = 12;
-constexpr float kScale = 0.07f;
-constexpr int32_t kPoisonPage = 2147480000;  // an entry past the length; following it would fault
-
-const std::vector<int32_t> kLengths = {200, 700, 0};
-
-// Request 0 is one item, request 1 is cut after 6 of its 11 pages, request 2 is empty.
-const std::vector<int32_t> kItems = {
-    0, 0, 4,  -1,  //
-    1, 0, 6,  0,   //
-    2, 0, 0,  -1,  //
-    1, 6, 11, 1,
-};
-const std::vector<int32_t> kPartOffsets = {0, 1, 3, 4};
-const std::vector<int32_t> kSplitOffsets = {0, 0, 2, 2};
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -41,132 +20,190 @@ void check(cudaError_t error, const char* what) {
   std::exit(1);
 }
 
-// A vector's copy on the device, kept until the program ends.
+// Device memory with no initial value, so that a sanitizer sees reads of what nobody wrote.
 template <typename T>
-T* to_device(const std::vector<T>& host) {
-  T* device = nullptr;
-  check(cudaMalloc(&device, host.size() * sizeof(T)), "cudaMalloc");
-  check(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice),
-        "cudaMemcpy to the device");
-  return device;
-}
-
-template <typename T>
-std::vector<T> to_host(const T* device, size_t count) {
-  std::vector<T> host(count);
-  check(cudaMemcpy(host.data(), device, count * sizeof(T), cudaMemcpyDeviceToHost),
-        "cudaMemcpy to the host");
-  return host;
-}
-
-struct Problem {
-  std::vector<__nv_bfloat16> q;   // [B, S_q, H_q, 576]
-  std::vector<__nv_bfloat16> kv;  // [P, 64, 576], NaN wherever no request has written
-  std::vector<int32_t> table;     // [B, W]
-
-  const __nv_bfloat16* token(int request, int index) const {
-    const int64_t page = table[request * kTableWidth + index / kPageTokens];
-    return &kv[(page * kPageTokens + index % kPageTokens) * kWidth];
+class Room {
+ public:
+  explicit Room(size_t count) : count_(count) {
+    void* pointer = nullptr;
+    check(cudaMalloc(&pointer, count * sizeof(T)), "cudaMalloc");
+    memory_.reset(static_cast<T*>(pointer));
   }
+  explicit Room(const std::vector<T>& host) : Room(host.size()) {
+    check(cudaMemcpy(get(), host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice),
+          "cudaMemcpy to the device");
+  }
+  T* get() const { return memory_.get(); }
+  std::vector<T> to_host() const {
+    std::vector<T> host(count_);
+    check(cudaMemcpy(host.data(), get(), count_ * sizeof(T), cudaMemcpyDeviceToHost),
+          "cudaMemcpy to the host");
+    return host;
+  }
+  // All ones is NaN in every type here: what a kernel fails to write is found.
+  void poison() { check(cudaMemset(get(), 0xff, count_ * sizeof(T)), "cudaMemset"); }
+
+ private:
+  struct Free {
+    void operator()(T* pointer) const { cudaFree(pointer); }
+  };
+  size_t count_;
+  std::unique_ptr<T, Free> memory_;
 };
 
-Problem make_problem() {
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal;
-  Problem problem;
-  problem.q.resize(kBatch * kRows * kWidth);
-  for (auto& x : problem.q) x = __float2bfloat16(normal(random));
-
-  problem.kv.assign(kPages * kPageTokens * kWidth,
-                    __float2bfloat16(std::numeric_limits<float>::quiet_NaN()));
-  problem.table.assign(kBatch * kTableWidth, kPoisonPage);
-  std::vector<int32_t> pages(kPages);
-  for (int i = 0; i < kPages; ++i) pages[i] = i;
-  std::shuffle(pages.begin(), pages.end(), random);
-  int taken = 0;
-  for (int request = 0; request < kBatch; ++request) {
-    for (int index = 0; index < kLengths[request]; ++index) {
-      int32_t& entry = problem.table[request * kTableWidth + index / kPageTokens];
-      if (index % kPageTokens == 0) entry = pages[taken++];
-      auto* row = const_cast<__nv_bfloat16*>(problem.token(request, index));
-      for (int column = 0; column < kWidth; ++column)
-        row[column] = __float2bfloat16(normal(random) / 10);
-    }
-  }
-  return problem;
-}
-
-struct Answer {
-  std::vector<double> out;  // [B, S_q, H_q, 512]
-  std::vector<double> lse;  // [B, S_q, H_q]
+// Work items of one step; without them the device scheduler makes a schedule for `parts`.
+struct Plan {
+  int parts;
+  std::vector<int32_t> items, part_offsets, split_offsets;
 };
 
-Answer host_decode(const Problem& problem) {
-  Answer answer{std::vector<double>(kBatch * kRows * kLatent),
-                std::vector<double>(kBatch * kRows, -std::numeric_limits<double>::infinity())};
-  for (int row = 0; row < kBatch * kRows; ++row) {
-    const int request = row / kRows, query = row % kRows / kHeads;
-    const int visible = kLengths[request] - kQueries + query + 1;
-    if (visible <= 0) continue;
-    std::vector<double> weights(visible);
-    for (int t = 0; t < visible; ++t) {
-      const __nv_bfloat16* k = problem.token(request, t);
-      double dot = 0;
-      for (int column = 0; column < kWidth; ++column) {
-        dot += double{__bfloat162float(problem.q[row * kWidth + column])} *
-               __bfloat162float(k[column]);
+class Case {
+ public:
+  Case(const Shape& shape, const Plan& plan)
+      : shape_(shape),
+        plan_(plan),
+        problem_(make_problem(shape)),
+        expected_(host_decode(problem_)),
+        q_(problem_.q),
+        kv_(problem_.kv),
+        table_(problem_.table),
+        seq_lens_(shape.lengths),
+        items_(4 * std::max(shape.batch(), FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts)),
+        part_offsets_(plan.parts + 1),
+        split_offsets_(shape.batch() + 1),
+        out_(expected_.out.size()),
+        lse_(expected_.lse.size()),
+        partial_out_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows() *
+                     kLatent),
+        partial_lse_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
+    if (plan.items.empty()) return;
+    items_ = Room<int32_t>(plan.items);
+    part_offsets_ = Room<int32_t>(plan.part_offsets);
+    split_offsets_ = Room<int32_t>(plan.split_offsets);
+  }
+
+  // Schedule and two layers, which share the workspaces, one right after the other.
+  bool decode() {
+    const flashmla_decode_params params = decode_params();
+    return judge("decode", [&] {
+      if (plan_.items.empty()) {
+        const flashmla_schedule_params schedule = schedule_params();
+        if (const flashmla_status status = flashmla_schedule(&schedule)) return status;
       }
-      weights[t] = dot * kScale;
+      if (const flashmla_status status = flashmla_decode(&params)) return status;
+      return flashmla_decode(&params);
+    });
+  }
+
+  bool naive_decode() {
+    const flashmla_decode_params params = decode_params();
+    return judge("naive", [&] { return flashmla_naive_decode(&params); });
+  }
+
+ private:
+  flashmla_decode_params decode_params() const {
+    flashmla_decode_params p{};
+    p.dtype = shape_.dtype;
+    p.batch = shape_.batch();
+    p.s_q = shape_.s_q;
+    p.h_q = shape_.h_q;
+    p.h_kv = shape_.h_kv;
+    p.page_size = shape_.page_size;
+    p.num_pages = shape_.num_pages();
+    p.num_parts = plan_.parts;
+    p.causal = shape_.causal;
+    p.softmax_scale = shape_.scale;
+    p.q = q_.get();
+    p.q_batch_stride = shape_.rows() * kWidth;
+    p.q_token_stride = shape_.h_q * kWidth;
+    p.q_head_stride = kWidth;
+    p.kv = kv_.get();
+    p.kv_page_stride = shape_.page_size * shape_.h_kv * kWidth;
+    p.kv_row_stride = shape_.h_kv * kWidth;
+    p.kv_head_stride = kWidth;
+    p.seq_lens = seq_lens_.get();
+    p.block_table = table_.get();
+    p.block_table_stride = shape_.table_width();
+    p.items = items_.get();
+    p.part_offsets = part_offsets_.get();
+    p.split_offsets = split_offsets_.get();
+    p.out = out_.get();
+    p.lse = lse_.get();
+    p.partial_out = partial_out_.get();
+    p.partial_lse = partial_lse_.get();
+    return p;
+  }
+
+  flashmla_schedule_params schedule_params() const {
+    flashmla_schedule_params p{};
+    p.batch = shape_.batch();
+    p.num_parts = plan_.parts;
+    p.cost = {1600, 2500, 300, 1300, 128};
+    p.seq_lens = seq_lens_.get();
+    p.items = items_.get();
+    p.part_offsets = part_offsets_.get();
+    p.split_offsets = split_offsets_.get();
+    return p;
+  }
+
+  template <typename Launch>
+  bool judge(const char* what, const Launch& launch) {
+    out_.poison();
+    lse_.poison();
+    if (launch() != FLASHMLA_OK) {
+      std::printf("FAIL %s, %s: %s\n", what, shape_.name, flashmla_last_error());
+      return false;
     }
-    const double maximum = *std::max_element(weights.begin(), weights.end());
-    double sum = 0;
-    for (double& weight : weights) sum += weight = std::exp(weight - maximum);
-    answer.lse[row] = maximum + std::log(sum);
-    for (int t = 0; t < visible; ++t) {
-      const __nv_bfloat16* v = problem.token(request, t);
-      for (int column = 0; column < kLatent; ++column)
-        answer.out[row * kLatent + column] += weights[t] / sum * __bfloat162float(v[column]);
+    check(cudaDeviceSynchronize(), what);
+    return compare(what);
+  }
+
+  // Within an absolute or a relative bound; equal infinities are right, NaN never is.
+  static bool near(double x, double expected, double absolute, double relative) {
+    if (x == expected) return true;
+    const double error = std::fabs(x - expected);
+    return error <= absolute || error <= relative * std::fabs(expected);
+  }
+
+  bool compare(const char* what) const {
+    const auto out = out_.to_host();
+    const auto lse = lse_.to_host();
+    int wrong = 0;
+    double worst = 0;
+    for (size_t i = 0; i < out.size(); ++i) {
+      const double x = from_bits(out[i], shape_.dtype);
+      wrong += !near(x, expected_.out[i], 8e-4, 2.01 / 128);
+      worst = std::max(worst, std::fabs(x - expected_.out[i]));
     }
+    for (size_t i = 0; i < lse.size(); ++i)
+      wrong += !near(lse[i], expected_.lse[i], 1e-6, 8.01 / 65536);
+    std::printf("%s %s, %s: %d of %zu values out of bounds, largest error of out %.2e\n",
+                wrong ? "FAIL" : "OK", what, shape_.name, wrong, out.size() + lse.size(), worst);
+    return wrong == 0;
   }
-  return answer;
-}
 
-// Within an absolute or a relative bound; equal infinities are right, NaN never is.
-bool near(double x, double expected, double absolute, double relative) {
-  if (x == expected) return true;
-  const double error = std::fabs(x - expected);
-  return error <= absolute || error <= relative * std::fabs(expected);
-}
+  Shape shape_;
+  Plan plan_;
+  Problem problem_;
+  Answer expected_;
+  Room<uint16_t> q_, kv_;
+  Room<int32_t> table_, seq_lens_, items_, part_offsets_, split_offsets_;
+  Room<uint16_t> out_;
+  Room<float> lse_, partial_out_, partial_lse_;
+};
 
-bool compare(const char* name, const flashmla_decode_params& params, const Answer& expected) {
-  const auto out = to_host(static_cast<const __nv_bfloat16*>(params.out), expected.out.size());
-  const auto lse = to_host(params.lse, expected.lse.size());
-  int wrong = 0;
-  double worst = 0;
-  for (size_t i = 0; i < out.size(); ++i) {
-    const double x = __bfloat162float(out[i]);
-    wrong += !near(x, expected.out[i], 8e-4, 2.01 / 128);
-    worst = std::max(worst, std::fabs(x - expected.out[i]));
-  }
-  for (size_t i = 0; i < lse.size(); ++i)
-    wrong += !near(lse[i], expected.lse[i], 1e-6, 8.01 / 65536);
-  std::printf("%s %s: %d of %zu values out of bounds, largest error of out %.2e\n",
-              wrong ? "FAIL" : "OK", name, wrong, out.size() + lse.size(), worst);
-  return wrong == 0;
-}
+// Request 0 is one item, request 1 is cut after 6 of its 11 pages, request 2 is empty.
+const Plan kByHand = {
+    3,
+    {0, 0, 4, -1,  //
+     1, 0, 6, 0,   //
+     2, 0, 0, -1,  //
+     1, 6, 11, 1},
+    {0, 1, 3, 4},
+    {0, 0, 2, 2},
+};
 
-bool run(const char* name, flashmla_status (*decode)(const flashmla_decode_params*),
-         const flashmla_decode_params& params, const Answer& expected) {
-  // All ones is NaN in either type: what a kernel fails to write is found.
-  check(cudaMemset(params.out, 0xff, expected.out.size() * sizeof(__nv_bfloat16)), "cudaMemset");
-  check(cudaMemset(params.lse, 0xff, expected.lse.size() * sizeof(float)), "cudaMemset");
-  if (decode(&params) != FLASHMLA_OK) {
-    std::printf("FAIL %s: %s\n", name, flashmla_last_error());
-    return false;
-  }
-  check(cudaDeviceSynchronize(), name);
-  return compare(name, params, expected);
-}
+Plan device_schedule(int parts) { return {parts, {}, {}, {}}; }
 
 }  // namespace
 
@@ -181,41 +218,39 @@ int main() {
     return 2;
   }
 
-  const Problem problem = make_problem();
-  const Answer expected = host_decode(problem);
-  const int splits = kSplitOffsets.back();
-
-  flashmla_decode_params params{};
-  params.dtype = FLASHMLA_BF16;
-  params.batch = kBatch;
-  params.s_q = kQueries;
-  params.h_q = kHeads;
-  params.h_kv = 1;
-  params.page_size = kPageTokens;
-  params.num_pages = kPages;
-  params.num_parts = static_cast<int>(kPartOffsets.size()) - 1;
-  params.causal = 1;
-  params.softmax_scale = kScale;
-  params.q = to_device(problem.q);
-  params.q_batch_stride = kRows * kWidth;
-  params.q_token_stride = kHeads * kWidth;
-  params.q_head_stride = kWidth;
-  params.kv = to_device(problem.kv);
-  params.kv_page_stride = kPageTokens * kWidth;
-  params.kv_row_stride = kWidth;
-  params.kv_head_stride = kWidth;
-  params.seq_lens = to_device(kLengths);
-  params.block_table = to_device(problem.table);
-  params.block_table_stride = kTableWidth;
-  params.items = to_device(kItems);
-  params.part_offsets = to_device(kPartOffsets);
-  params.split_offsets = to_device(kSplitOffsets);
-  params.out = to_device(std::vector<__nv_bfloat16>(expected.out.size()));
-  params.lse = to_device(std::vector<float>(expected.lse.size()));
-  params.partial_out = to_device(std::vector<float>(splits * kRows * kLatent));
-  params.partial_lse = to_device(std::vector<float>(splits * kRows));
-
-  const bool decode_right = run("decode", &flashmla_decode, params, expected);
-  const bool naive_right = run("naive decode", &flashmla_naive_decode, params, expected);
-  return decode_right && naive_right ? 0 : 1;
+  const Shape by_hand = {
+      "20 heads, schedule by hand", FLASHMLA_BF16, 2, 20, 1, 64, true, 0.07f, {200, 700, 0}};
+  const Shape cut = {"16 heads, long requests cut", FLASHMLA_FP16, 1, 16, 1, 64, true, 0.07f,
+                     {1, 64, 65, 2500, 0, 900}};
+  const Shape many = {"16 heads, many items of a part",
+                      FLASHMLA_BF16,
+                      1,
+                      16,
+                      1,
+                      64,
+                      true,
+                      0.07f,
+                      {130, 5, 64, 200, 0, 77, 128, 129, 1, 250, 63, 65}};
+  const Shape row_tiles = {
+      "128 heads, two row tiles", FLASHMLA_BF16, 1, 128, 1, 64, true, 0.07f, {500, 90}};
+  const Shape kv_heads = {"two KV heads, pages of 128, no mask",
+                          FLASHMLA_FP16,
+                          3,
+                          12,
+                          2,
+                          128,
+                          false,
+                          0.07f,
+                          {300, 129, 2}};
+  Case cases[] = {{by_hand, kByHand},
+                  {cut, device_schedule(8)},
+                  {many, device_schedule(3)},
+                  {row_tiles, device_schedule(4)},
+                  {kv_heads, device_schedule(4)}};
+  bool right = true;
+  for (Case& c : cases) {
+    right &= c.decode();
+    right &= c.naive_decode();
+  }
+  return right ? 0 : 1;
 }

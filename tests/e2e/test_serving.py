@@ -54,8 +54,8 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 def test_the_log_and_the_announcement_name_our_backend(served: Served) -> None:
     logged, announced = [line for line in served.log if "serves MLA decode" in line]
-    assert "flashmla_backend 0.1.0 serves MLA decode: CPU reference path, 64-token pages" in logged
-    assert announced == "flashmla_backend 0.1.0 serves MLA decode: CPU reference path, 64-token pages\n"
+    assert announced.startswith("flashmla_backend 0.1.0 serves MLA decode: CPU reference path, 64-token pages, ")
+    assert announced in logged
 
 
 def test_the_printed_curl_line_works_as_it_is(served: Served) -> None:

@@ -1,5 +1,5 @@
 // Runs the device scheduler's code on the CPU, case after case from stdin:
-//   batch parts page item empty_item reduction reduction_per_split order, then `batch` lengths
+//   batch parts page item empty_item reduction partial order, then `batch` lengths
 // and prints a line per case: the items (4 numbers each), the part offsets, the split offsets.
 #include "cuda_threads.h"
 // after the emulated CUDA names
@@ -67,7 +67,7 @@ int main() {
   int batch, parts, descending;
   flashmla_cost_model cost;
   while (std::scanf("%d %d %d %d %d %d %d %d", &batch, &parts, &cost.page, &cost.item,
-                    &cost.empty_item, &cost.reduction, &cost.reduction_per_split,
+                    &cost.empty_item, &cost.reduction, &cost.partial,
                     &descending) == 8) {
     std::vector<int32_t> lengths(batch);
     for (int32_t& length : lengths) {

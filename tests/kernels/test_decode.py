@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -23,20 +25,25 @@ from tests.kernels.problems import (
     plan_of,
 )
 
+Record = Callable[[str, object], None]
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("s_q", [1, 2, 4])
 @pytest.mark.parametrize("h_q, h_kv", HEADS)
-def test_grid(h_q: int, h_kv: int, s_q: int, dtype: torch.dtype) -> None:
-    faults = {case: found for case in grid(h_q, h_kv, s_q, dtype) if (found := fault_of(case))}
+def test_grid(h_q: int, h_kv: int, s_q: int, dtype: torch.dtype, record_property: Record) -> None:
+    cases = list(grid(h_q, h_kv, s_q, dtype))
+    record_property("cases", len(cases))
+    faults = {case: found for case in cases if (found := fault_of(case))}
     assert not faults
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("h_q", [16, 128])
-def test_half_the_lengths_are_zero(h_q: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("s_q", [1, 2, 4])
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_half_the_lengths_are_zero(h_q: int, s_q: int, dtype: torch.dtype) -> None:
     lengths = [0 if i % 2 else (37 * i) % 1500 for i in range(128)]
-    problem = make_problem(lengths, s_q=2, h_q=h_q, dtype=dtype)
+    problem = make_problem(lengths, s_q=s_q, h_q=h_q, dtype=dtype)
     assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
 
 
@@ -54,6 +61,20 @@ def test_edge_lengths(length: int) -> None:
     """Lengths below s_q included: such rows see nothing."""
     problem = make_problem([length, 1, 0], s_q=5, h_q=7)
     assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
+
+
+def test_queries_outnumber_tokens_without_a_mask() -> None:
+    problem = make_problem([1, 3, 7, 8, 66, 300], s_q=8, h_q=4)
+    assert fault(*decode(problem, causal=False), *oracle(problem, causal=False)) is None
+
+
+def test_empty_batch() -> None:
+    q = torch.empty(0, 1, 4, 576, dtype=torch.bfloat16, device="cuda")
+    kv_cache = torch.empty(3, 64, 1, 576, dtype=torch.bfloat16, device="cuda")
+    seq_lens, block_table = (torch.empty(shape, dtype=torch.int32, device="cuda") for shape in (0, (0, 4)))
+    plan = flashmla_backend.plan_decode(seq_lens, block_table, s_q=1, h_q=4)
+    out, lse = flashmla_backend.mla_decode(q, kv_cache, plan, softmax_scale=SCALE)
+    assert out.shape == (0, 1, 4, 512) and lse.shape == (0, 1, 4)
 
 
 def test_batch_of_4096() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from tests.kernels.problems import SCALE, Problem, fault, make_problem, oracle, 
 
 
 @pytest.mark.parametrize("h_q, s_q", [(16, 1), (128, 2)])
-def test_replay_with_other_lengths(h_q: int, s_q: int) -> None:
+def test_replay_with_other_lengths(h_q: int, s_q: int, record_property: Callable[[str, object], None]) -> None:
     """Schedule and two layers in one graph; 100 replays, each with new lengths and a new table."""
+    record_property("cases", 100)
     source = random.Random(0)
     longest = [5000] * 24
     template = make_problem(longest, s_q=s_q, h_q=h_q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,14 +26,15 @@ def random_lengths(source: random.Random) -> list[int]:
 
 def check(lengths: list[int], row_tiles: int, num_sms: int) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    expected = ops.schedule(seq_lens, row_tiles, num_sms)
-    for ours, theirs in zip(ops.schedule(seq_lens.cuda(), row_tiles, num_sms), expected, strict=True):
+    expected = ops.schedule(seq_lens, row_tiles, num_sms, 64 * row_tiles)
+    for ours, theirs in zip(ops.schedule(seq_lens.cuda(), row_tiles, num_sms, 64 * row_tiles), expected, strict=True):
         assert torch.equal(ours.cpu(), theirs), (len(lengths), row_tiles, num_sms)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_the_specification(seed: int) -> None:
+def test_equals_the_specification(seed: int, record_property: Callable[[str, object], None]) -> None:
     source = random.Random(seed)
+    record_property("cases", 25)
     for _ in range(25):
         row_tiles, num_sms = source.choice([1, 1, 2, 3, 4, 8, 16, 200]), source.choice([1, 2, 7, 78, 132, 132, 512])
         check(random_lengths(source), row_tiles, num_sms)
@@ -47,7 +49,7 @@ def test_edges(lengths: list[int]) -> None:
 def test_limits_are_told_by_name() -> None:
     lengths = torch.ones(8193, dtype=torch.int32, device="cuda")
     with pytest.raises(InvalidArgument, match="batch is 8193; accepted: 0 to 8192"):
-        ops.schedule(lengths, 1, 132)
+        ops.schedule(lengths, 1, 132, 64)
     assert num_parts(600, 1) == 600
     with pytest.raises(InvalidArgument, match="num_parts is 600; accepted: 1 to 512"):
-        ops.schedule(lengths[:1], 1, 600)
+        ops.schedule(lengths[:1], 1, 600, 64)

@@ -61,6 +61,10 @@ DECODE_ERRORS: dict[str, tuple[Callable[[Problem], dict], str]] = {
     "dtype mix": (lambda p: {"kv_cache": p.kv_cache.half()}, r"kv_cache is .* float16 .* q .* bfloat16"),
     "integer query": (lambda p: {"q": p.q.int()}, r"q is \[3, 2, 4, 576\] int32; accepted: bfloat16, float16, float32"),
     "query not contiguous": (lambda p: {"q": p.q.mT.contiguous().mT}, r"q has strides .* a contiguous last dimension"),
+    "query with a gradient": (
+        lambda p: {"q": p.q.clone().requires_grad_()},
+        r"q requires a gradient, .* no backward; accepted: .* torch.no_grad\(\), or q.detach\(\)",
+    ),
     "cache not contiguous": (
         lambda p: {"kv_cache": p.kv_cache.transpose(1, 3).contiguous().transpose(1, 3)},
         r"kv_cache has strides .* a contiguous last dimension",

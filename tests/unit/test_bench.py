@@ -16,6 +16,7 @@ from flashmla_backend.bench.cli import app
 from flashmla_backend.bench.contenders import Prepare, load, load_absorbed
 from flashmla_backend.bench.machine import Machine
 from flashmla_backend.bench.problems import PAGE_BYTES, Shape, grid, make_pool, make_problem
+from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.errors import InvalidArgument
 
 CPU = torch.device("cpu")
@@ -60,6 +61,11 @@ def test_a_run_checks_times_and_reports(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["show", str(out)], env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
     assert "torch_chunked" in shown.output
+
+
+def test_a_recorded_command_holds_no_machine_paths() -> None:
+    made = provenance("Made-up GPU", ["flashmla", "bench", "--out", "/a/b/x.json", "--record=/a/y.json", "a/b"], "abc")
+    assert made["command"] == "flashmla bench --out x.json --record=y.json a/b"
 
 
 def test_what_is_no_report_is_said(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_bfloat16_is_the_rounded_float32(made: dict[str, Path], tmp_path: Path) 
         assert half[name].dtype == expected.dtype and torch.equal(half[name], expected), name
 
 
+def test_the_layer_that_drafts_shares_embedding_and_head(made: dict[str, Path]) -> None:
+    plain, drafting = (load_file(made[name] / "model.safetensors") for name in ("v3-moe", "v3-mtp"))
+    assert all(torch.equal(drafting[name], weight) for name, weight in plain.items())
+    own = "model.layers.4."
+    assert {name for name in drafting if name not in plain} == {name for name in drafting if name.startswith(own)}
+    assert torch.equal(drafting[own + "embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    assert torch.equal(drafting[own + "shared_head.head.weight"], plain["lm_head.weight"])
+
+
 def test_the_embedded_default_is_the_same_on_every_machine(tmp_path: Path) -> None:
     folder = default_checkpoint(tmp_path)
     digest = hashlib.sha256()
@@ -69,6 +78,9 @@ def test_hugging_face_loads_every_weight_and_no_other(made: dict[str, Path], arc
     model, loading = AutoModelForCausalLM.from_pretrained(
         made[architecture], dtype=torch.float32, output_loading_info=True
     )
+    unexpected = loading.pop("unexpected_keys")
+    assert bool(unexpected) == (architecture == "v3-mtp")
+    assert all(name.startswith("model.layers.4.") for name in unexpected)  # transformers does not draft
     assert not any(loading.values()), loading
     config = model.config
     assert (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim) == (
@@ -138,7 +150,7 @@ def test_losing_the_race_for_the_cache_takes_the_winners(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"architecture": "v4"}, r"architecture is 'v4'; accepted: 'v2-moe', 'v2-dense', 'v3-moe'"),
+        ({"architecture": "v4"}, r"architecture is 'v4'; accepted: 'v2-moe', 'v2-dense', 'v3-moe', 'v3-mtp'"),
         ({"dtype": "float8"}, r"dtype is 'float8'; accepted: 'float32', 'bfloat16'"),
         ({"seed": -1}, r"seed is -1; it must not be negative"),
         ({"path": Path(__file__).parent}, r"path is .*unit, which is not an empty folder"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
-from flashmla_backend import InvalidArgument, Unsupported, reference
+from flashmla_backend import InvalidArgument, Unsupported, api, flash_mla, reference
 from flashmla_backend.flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
 from tests.conftest import Problem, check_close, make_problem
 
@@ -83,6 +85,39 @@ def test_pair_survives_a_copy_into_persistent_buffers(problem: Problem) -> None:
     assert torch.equal(
         flash_mla_with_kvcache(*arguments, *buffers)[0], flash_mla_with_kvcache(*arguments, metadata, num_splits)[0]
     )
+
+
+def workspaces_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
+    """Refers to every partial_out that the drop-in allocates from now on."""
+    made: list[weakref.ref] = []
+
+    def record(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        workspaces = api.make_workspaces(*arguments)
+        made.append(weakref.ref(workspaces[0]))
+        return workspaces
+
+    monkeypatch.setattr(flash_mla, "make_workspaces", record)
+    return made
+
+
+def test_workspaces_are_made_once_per_metadata_storage_and_go_with_it(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = workspaces_made(monkeypatch)
+    metadata, num_splits = metadata_of(problem, "pair")
+    persistent = torch.cat([metadata, torch.zeros(9, 8, dtype=torch.int32)])
+    for _ in range(3):  # layers: each is handed a new view
+        call(problem, persistent[: len(metadata)], num_splits)
+    assert len(made) == 1 and made[0]() is not None
+    wide = make_problem(LENGTHS, s_q=1, h_q=64)  # as many row tiles, more rows
+    persistent[: len(metadata)] = metadata_of(wide, "pair")[0]
+    call(wide, persistent[: len(metadata)], num_splits)
+    call(problem, persistent[: len(metadata)].copy_(metadata), num_splits)
+    assert len(made) == 2, "the workspaces of both shapes stay: a captured graph may use either"
+    call(problem, metadata, num_splits)
+    assert len(made) == 3, "another storage may be used at the same time"
+    del metadata, persistent
+    assert [workspace() for workspace in made] == [None, None, None]
 
 
 def call(problem: Problem, metadata: object, num_splits: object, **changes: object) -> object:

@@ -119,13 +119,18 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise self.error
 
 
+def forget() -> None:
+    native.unavailable_reason.cache_clear()
+    native.load.cache_clear()
+
+
 @pytest.fixture
 def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "meta_path", [Blocker(request.param), *sys.meta_path])
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    native.unavailable_reason.cache_clear()
+    forget()
     yield
-    native.unavailable_reason.cache_clear()
+    forget()
 
 
 MISSING = ModuleNotFoundError(f"No module named {MODULE!r}", name=MODULE)

@@ -19,8 +19,8 @@ def plan_of(problem: Problem) -> flashmla_backend.DecodePlan:
 def test_opcheck() -> None:
     problem = make_problem([0, 100, 700], h_q=8)
     plan = plan_of(problem)
-    torch.library.opcheck(ops.schedule, (problem.seq_lens, 1, 4))
-    torch.library.opcheck(ops.schedule_into, (problem.seq_lens, 1, 4, *ops.schedule(problem.seq_lens, 1, 4)))
+    torch.library.opcheck(ops.schedule, (problem.seq_lens, 1, 4, 16))
+    torch.library.opcheck(ops.schedule_into, (problem.seq_lens, 1, 4, 16, *ops.schedule(problem.seq_lens, 1, 4, 16)))
     torch.library.opcheck(
         ops.mla_decode,
         (

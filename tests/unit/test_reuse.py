@@ -1,4 +1,4 @@
-"""plan_decode(reuse=...): the next step's schedule in the buffers of an earlier plan."""
+"""plan_decode(reuse=..., workspace=...): the next step's schedule in the buffers of an earlier plan, shared scratch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashmla_backend
-from flashmla_backend import InvalidArgument, reference
+from flashmla_backend import InvalidArgument, api, reference
 from tests.conftest import check_close, make_problem
 
 SHAPE = {"s_q": 1, "h_q": 8, "num_sms": 5}
@@ -64,3 +64,38 @@ def test_smaller_batches_share_the_buffers_of_the_largest() -> None:
         out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, reused, softmax_scale=0.05)
         tensors = problem.q, problem.kv_cache, problem.block_table, problem.seq_lens
         check_close(out, lse, *reference.mla_decode(*tensors, softmax_scale=0.05))
+
+
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "path_of", lambda device: "sm90")
+
+
+@pytest.mark.parametrize("s_q, h_q, h_kv", [(1, 16, 1), (1, 128, 1), (5, 128, 1), (2, 20, 2), (8, 8, 8)])
+def test_plans_take_what_workspace_size_says(s_q: int, h_q: int, h_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper(monkeypatch)
+    problem = make_problem([70, 3], s_q=s_q, h_q=h_q, h_kv=h_kv)
+    shape = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "num_sms": 11}
+    size = api.workspace_size(torch.device("cpu"), **shape)
+    workspace = torch.empty(size + 5)
+    plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape, workspace=workspace)
+    alone = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape)
+    for ours, theirs in ((plan.partial_out, alone.partial_out), (plan.partial_lse, alone.partial_lse)):
+        assert ours.shape == theirs.shape and ours.is_contiguous()
+    assert plan.partial_out.numel() + plan.partial_lse.numel() == size
+    assert plan.partial_out.data_ptr() == workspace.data_ptr()
+    assert plan.partial_lse.data_ptr() == workspace.data_ptr() + plan.partial_out.nbytes
+    with pytest.raises(InvalidArgument, match=rf"workspace is \[{size - 1}\] float32; accepted: \[{size}\] float32"):
+        flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape, workspace=workspace[: size - 1])
+
+
+def test_the_cpu_takes_no_workspace() -> None:
+    assert api.workspace_size(torch.device("cpu"), s_q=1, h_q=128) == 0
+
+
+def test_a_reused_plan_keeps_its_workspace() -> None:
+    problem = make_problem([70, 3], h_q=8)
+    plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE)
+    with pytest.raises(InvalidArgument, match="workspace and reuse were both given"):
+        flashmla_backend.plan_decode(
+            problem.seq_lens, problem.block_table, **SHAPE, reuse=plan, workspace=torch.empty(0)
+        )

@@ -14,6 +14,8 @@ from flashmla_backend.schedule import (
     MIN_SPLIT_PAGES,
     CostModel,
     Schedule,
+    busiest,
+    level,
     make_schedule,
     max_items,
     num_parts,
@@ -52,14 +54,13 @@ def check(seq_lens: list[int], row_tiles: int, num_sms: int, schedule: Schedule)
         else:
             assert [piece.split for piece in pieces] == list(slots)
             sizes = [piece.page_end - piece.page_begin for piece in pieces]
-            assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+            assert min(sizes) >= 1
         if pages_of(length) < 2 * MIN_SPLIT_PAGES:
             assert len(pieces) == 1, "a short sequence was split"
 
     cost = CostModel()
     loads = schedule.loads(row_tiles)
     dearest = max((cost.of_item(i.page_end - i.page_begin, row_tiles) for i in items), default=0)
-    assert max(loads) - min(loads) <= dearest
     assert max(loads) <= sum(loads) / parts + dearest
 
 
@@ -95,11 +96,28 @@ def test_uniform_batch_that_fills_the_machine_is_not_split() -> None:
 
 
 def test_ragged_batch_stays_near_the_mean() -> None:
-    """128 requests of 200 .. 8000 tokens: the busiest part within 6 % of the mean."""
+    """128 requests of 200 .. 8000 tokens: the busiest part within 3 % of the mean."""
     seq_lens = [200 + 61 * ((37 * i) % 128) for i in range(128)]
     for row_tiles in (1, 2):
         loads = make_schedule(seq_lens, row_tiles, 132).loads(row_tiles)
-        assert max(loads) <= 1.06 * sum(loads) / len(loads)
+        assert max(loads) <= 1.03 * sum(loads) / len(loads)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(lengths, tiles, sms)
+def test_level_parts_differ_by_two_pages_and_an_item(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
+    """Each boundary moves by less than MIN_SPLIT_PAGES, and a part may pay for the rest of a cut request's item."""
+    cost, parts = CostModel(), num_parts(num_sms, row_tiles)
+    pages = [pages_of(n) for n in seq_lens]
+    hands = level(pages, parts, row_tiles, cost)
+    if hands is None:
+        return
+    assert [(p.request, p.begin) for hand in hands for p in hand] == sorted(
+        (p.request, p.begin) for hand in hands for p in hand
+    )
+    page = cost.of_item(1, row_tiles) - cost.item
+    share = sum(cost.of_item(n, row_tiles) for n in pages) / parts
+    assert busiest(hands, row_tiles, cost) <= share + 2 * cost.item + (2 * MIN_SPLIT_PAGES + 1) * page
 
 
 def test_row_tiles() -> None:
@@ -111,7 +129,9 @@ def test_row_tiles() -> None:
 @given(lengths, tiles, sms)
 def test_operator_holds_the_specification(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
     made = make_schedule(seq_lens, row_tiles, num_sms)
-    items, part_offsets, split_offsets = ops.schedule(torch.tensor(seq_lens, dtype=torch.int32), row_tiles, num_sms)
+    items, part_offsets, split_offsets = ops.schedule(
+        torch.tensor(seq_lens, dtype=torch.int32), row_tiles, num_sms, 64 * row_tiles
+    )
     offsets = part_offsets.tolist()
     assert items.dtype == part_offsets.dtype == split_offsets.dtype == torch.int32
     assert items.shape == (max_items(len(seq_lens), len(made.parts)), 4)

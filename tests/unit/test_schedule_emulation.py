@@ -36,7 +36,7 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     def run(seq_lens: list[int], row_tiles: int, num_sms: int) -> list[int]:
         parts, order = num_parts(num_sms, row_tiles), int(request.param == "descending")
-        numbers = [len(seq_lens), parts, *sm90.cost_of(row_tiles), order, *seq_lens]
+        numbers = [len(seq_lens), parts, *sm90.cost_of(row_tiles, 64 * row_tiles), order, *seq_lens]
         print(*numbers, file=running.stdin, flush=True)
         return [int(number) for number in running.stdout.readline().split()]
 

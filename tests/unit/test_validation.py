@@ -42,7 +42,7 @@ DECODE = {
 SCHEDULE = {
     "batch": 2,
     "num_parts": 132,
-    "cost": sm90.cost_of(1),
+    "cost": sm90.cost_of(1, 64),
     "seq_lens": 4,
     "items": 16,
     "part_offsets": 4,

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
 from flashmla_backend import plan_decode, reference
 from flashmla_backend.errors import Unsupported
-from flashmla_backend.integration.vllm import compat
+from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.vllm.backend import FlashMLABackend
 from flashmla_backend.integration.vllm.builder import FlashMLAMetadataBuilder
 from flashmla_backend.integration.vllm.impl import FlashMLAImpl
@@ -22,9 +22,9 @@ HEADS = 3
 SCALE = 0.1
 
 
-def build_decode(problem: Any, s_q: int, **newer: Any) -> Any:
+def build_decode(problem: Any, s_q: int, planner: StepPlanner | None = None, **newer: Any) -> Any:
     builder = object.__new__(FlashMLAMetadataBuilder)
-    builder.num_heads, builder.page_size = HEADS, 64
+    builder.planner = planner or StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=s_q)
     offsets = torch.arange(0, (len(problem.seq_lens) + 1) * s_q, s_q, dtype=torch.int32)
     return builder._build_decode(
         block_table_tensor=problem.block_table,
@@ -61,8 +61,54 @@ def test_one_plan_a_step(newer: dict[str, int]) -> None:
     assert str(decode.plan) == str(expected)
 
 
-def test_rows_of_padding_have_no_queries() -> None:
-    assert compat.uniform_query_len(torch.tensor([0, 3, 6, 6, 6], dtype=torch.int32)) == 3
+def test_the_first_layer_plans_for_all() -> None:
+    """A graph captured with the planning in it follows the lengths it finds when it is replayed."""
+    problem = make_problem([1, 1], h_q=HEADS)
+    decode = build_decode(problem, 1)
+    problem.seq_lens.copy_(torch.tensor([64, 3]))
+    planned = decode.plan
+    assert planned.items[: planned.part_offsets[-1], :3].tolist() == [[0, 0, 1], [1, 0, 1]]
+    assert decode.plan is planned
+
+
+def test_steps_of_one_shape_share_their_buffers() -> None:
+    planner = StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=2)
+    problems = [make_problem(lengths, s_q=s_q, h_q=HEADS) for lengths, s_q in (([7, 900], 1), ([5], 1), ([7, 900], 2))]
+    first = [build_decode(problem, problem.q.shape[1], planner).plan for problem in problems]
+    again = [build_decode(problem, problem.q.shape[1], planner).plan for problem in problems]
+    addresses = [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in first]
+    assert addresses == [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in again]
+    assert len({address for three in addresses for address in three}) == 9
+
+
+@pytest.mark.parametrize("lengths", [[1, 2, 3, 70, 300], [1, 1, 1]], ids=["some shards empty", "all but one empty"])
+def test_ranks_of_a_context_merge_by_their_lse(lengths: list[int]) -> None:
+    """DCP: rank r of 3 holds every third token and decodes all heads over them; shards may be empty."""
+    ranks = 3
+    whole = make_problem(lengths, h_q=HEADS, dtype=torch.float32)
+    tokens = [
+        torch.cat([whole.kv_cache[page].squeeze(1) for page in row[: -(-length // 64)].tolist()])[:length]
+        for row, length in zip(whole.block_table, lengths, strict=True)
+    ]
+    outs, lses = [], []
+    for rank in range(ranks):
+        shard = make_problem([len(t[rank::ranks]) for t in tokens], h_q=HEADS, dtype=torch.float32)
+        for request, own in enumerate(t[rank::ranks] for t in tokens):
+            for begin in range(0, len(own), 64):
+                rows = own[begin : begin + 64]
+                shard.kv_cache[shard.block_table[request, begin // 64], : len(rows), 0] = rows
+        metadata = SimpleNamespace(num_decodes=len(lengths), decode=build_decode(shard, 1))
+        out, lse = impl().forward_mqa(whole.q.flatten(0, 1), shard.kv_cache.squeeze(2), metadata, layer=None)
+        empty = shard.seq_lens == 0
+        assert torch.all(out[empty] == 0) and torch.all(lse[empty] == float("-inf"))
+        outs.append(out)
+        lses.append(lse)
+    total = torch.logsumexp(torch.stack(lses), 0)
+    merged = sum(out * (lse - total).exp()[..., None] for out, lse in zip(outs, lses, strict=True))
+    expected_out, expected_lse = reference.mla_decode(
+        whole.q, whole.kv_cache, whole.block_table, whole.seq_lens, softmax_scale=SCALE
+    )
+    check_close(merged, total, expected_out.flatten(0, 1), expected_lse.flatten(0, 1))
 
 
 @pytest.mark.parametrize("in_parts", [True, False], ids=["tuple", "tensor"])
@@ -149,4 +195,4 @@ def test_what_the_backend_declares() -> None:
     assert FlashMLABackend.get_builder_cls()._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
     assert FlashMLABackend.get_builder_cls().query_len_support is QueryLenSupport.UNIFORM
     assert FlashMLABackend.get_impl_cls().can_return_lse_for_decode
-    assert not FlashMLABackend.get_impl_cls().supports_dcp
+    assert FlashMLABackend.get_impl_cls().supports_dcp

@@ -93,6 +93,15 @@ def test_configuring_twice_changes_nothing(configure: Callable[..., Any]) -> Non
     assert before == (str(config.cache_config), str(config.scheduler_config), str(config.compilation_config))
 
 
+def test_drafting_model_on_another_backend(
+    configure: Callable[..., Any], checkpoint: Callable[[Architecture], Path]
+) -> None:
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    with pytest.raises(Unsupported, match=r"method 'mtp'.*add \"attention_backend\": \"flashmla\""):
+        configure(model=str(checkpoint("v3-mtp")), speculative_config=drafts)
+    configure(model=str(checkpoint("v3-mtp")), speculative_config=drafts | {"attention_backend": "flashmla"})
+
+
 def test_model_without_mla(configure: Callable[..., Any], tmp_path: Path) -> None:
     plain = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     plain.architectures = ["LlamaForCausalLM"]
@@ -115,6 +124,13 @@ def test_claimed_by_a_later_plugin(configure: Callable[..., Any], log: pytest.Lo
     assert "FLASHMLA belongs to other.package.TheirBackend" in log.text
 
 
+def test_float32_is_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert FLASHMLA.get_class().supports_combination(576, torch.float32, "auto") is None
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    assert "float32 is served on the CPU only" in FLASHMLA.get_class().supports_combination(576, torch.float32, "auto")
+    assert FLASHMLA.get_class().supports_combination(576, torch.bfloat16, "auto") is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -123,7 +139,6 @@ def test_claimed_by_a_later_plugin(configure: Callable[..., Any], log: pytest.Lo
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({"kv_cache_dtype": "float16"}, "a torch.float16 cache for a torch.bfloat16 model is not supported"),
         ({"use_sparse": True}, "sparse not supported"),
-        ({"use_dcp": True}, "DCP not supported"),
         ({"use_mla": False}, "non-MLA not supported"),
     ],
     ids=str,

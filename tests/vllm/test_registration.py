@@ -11,14 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from flashmla_backend import native
 from flashmla_backend.checkpoint import Architecture
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.vllm import compat, cpu_platform, plugin, register
+from tests.greedy import Reference
 
-from .conftest import EngineRun, Reference
+from .conftest import EngineRun
 
 FLASHMLA = AttentionBackendEnum.FLASHMLA
 THEIRS = "other.package.TheirBackend"
@@ -141,7 +144,7 @@ def test_other_versions_are_refused_by_name(found: str) -> None:
 
 def test_cpu_needs_a_vllm_with_mla_on_the_cpu() -> None:
     with pytest.raises(Unsupported, match=r"vLLM 0\.26\.0 is not supported; vLLM 0\.32 to 0\.33 works"):
-        compat.check_version("0.26.0", oldest=compat.OLDEST_WITH_CPU_MLA)
+        compat.check_version("0.26.0", oldest=compat.OLDEST_ON_CPU)
 
 
 def test_unsupported_version_leaves_vllm_as_it_was(
@@ -155,11 +158,53 @@ def test_unsupported_version_leaves_vllm_as_it_was(
     assert "is not supported; vLLM 0.26 to 0.27 works" in log.text
 
 
-def test_on_other_devices_the_builtin_stays(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("vllm.platforms._current_platform", SimpleNamespace(is_cpu=lambda: False))
+def made_up_gpu(capability: tuple[int, int] | None) -> SimpleNamespace:
+    return SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        get_device_capability=lambda: capability and DeviceCapability(*capability),
+        get_device_name=lambda: "Made-up GPU",
+    )
+
+
+def test_on_hopper_flashmla_is_ours(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", made_up_gpu((9, 0)))
+    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    info = native.BuildInfo("0.1.0", "13.0", "sm_90a", "4.2.0", "nvcc")
+    monkeypatch.setattr(native, "build_info", lambda: info)
+    register()
+    assert FLASHMLA.get_path() == plugin.BACKEND_PATH
+    assert "selects flashmla_backend." in log.text
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"),
+    [
+        (made_up_gpu((8, 9)), r"Made-up GPU (compute capability 8.9) has no decode kernels"),
+        (made_up_gpu((10, 0)), "ours run on 9.0 (Hopper) only"),
+        (made_up_gpu(None), "cannot tell the GPU's compute capability"),
+        (SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False), "serves it on Hopper GPUs and on CPUs"),
+    ],
+    ids=["8.9", "10.0", "unknown", "no NVIDIA GPU"],
+)
+def test_on_other_devices_the_builtin_stays(
+    platform: SimpleNamespace, reason: str, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", platform)
     register()
     assert not FLASHMLA.is_overridden()
-    assert "this release serves vLLM on CPUs only; vLLM keeps its own FLASHMLA" in log.text
+    assert reason in log.text
+    assert "vLLM keeps its own FLASHMLA" in log.text
+
+
+def test_hopper_without_our_kernels_keeps_the_builtin(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", made_up_gpu((9, 0)))
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the module is not built")
+    register()
+    assert not FLASHMLA.is_overridden()
+    assert "the module is not built" in log.text
 
 
 def test_a_foreign_cpu_platform_is_named(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:

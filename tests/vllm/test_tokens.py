@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from flashmla_backend.checkpoint import Architecture
+from tests.greedy import SHARED, Reference
 
-from .conftest import SHARED, EngineRun, Reference
+from .conftest import EngineRun
 
 OURS = "flashmla_backend.integration.vllm.impl.FlashMLAImpl"
 LAYERS = 4
@@ -118,3 +119,57 @@ def check_decodes(case: Case, run: EngineRun) -> None:
         assert longest_query == 1 + DRAFTS
     else:
         assert longest_query == 1
+
+
+def settings(checkpoint: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": str(checkpoint),
+        "dtype": "float32",
+        "attention_backend": "flashmla",
+        "enforce_eager": True,
+        "max_model_len": MAX_LENGTH,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 128 << 20,
+    } | more
+
+
+def test_preempted_requests_resume(
+    checkpoint: Callable[[Architecture], Path],
+    reference: Callable[[Architecture], tuple[Reference, Reference]],
+    run_engine: Callable[..., EngineRun],
+) -> None:
+    """A cache of 18 pages for requests that need 50, with everything on that moves lengths about."""
+    alone, sharing = reference("v2-moe")
+    page_bytes = 64 * 576 * 4 * LAYERS
+    run = run_engine(
+        [alone.prompts + sharing.prompts],
+        **settings(
+            checkpoint("v2-moe"),
+            kv_cache_memory_bytes=18 * page_bytes,
+            max_num_batched_tokens=BUDGET,
+            speculative_config=NGRAM,
+        ),
+    )
+    assert run.tokens == [alone.tokens + sharing.tokens]
+    assert run.counters["vllm:num_preemptions"] > 0
+    assert run.counters["vllm:spec_decode_num_accepted_tokens"] > 0
+
+
+def test_multi_token_prediction(
+    checkpoint: Callable[[Architecture], Path],
+    reference: Callable[[Architecture], tuple[Reference, Reference]],
+    run_engine: Callable[..., EngineRun],
+) -> None:
+    """A model that drafts for itself: its drafting layer runs on our backend too, over its own cache."""
+    alone, sharing = reference("v3-moe")  # the same weights but for the drafting layer
+    run = run_engine(
+        [alone.prompts, sharing.prompts],
+        **settings(
+            checkpoint("v3-mtp"),
+            speculative_config={"method": "mtp", "num_speculative_tokens": DRAFTS, "attention_backend": "flashmla"},
+        ),
+    )
+    assert run.tokens == [alone.tokens, sharing.tokens]
+    assert run.counters["vllm:spec_decode_num_draft_tokens"] > 0
+    assert max(new for _, new in run.decodes) == 1 + DRAFTS
+    assert sum(run.decodes.values()) % LAYERS  # the drafting layer is one more

@@ -11,7 +11,6 @@ typedef struct flashmla_build_info {
   const char* arch;             // the one architecture compiled for, "sm_90a"
   const char* cutlass_version;  // "4.2.0"
   const char* compiler;         // device and host compiler, "nvcc 13.0.88, GNU 12.2.0"
-  int has_decode_kernels;       // 0: device query and probe only
 } flashmla_build_info;
 
 // Never fails; the strings live as long as the library.

@@ -11,18 +11,18 @@ extern "C" {
 #endif
 
 enum {
-  FLASHMLA_SCHEDULE_MAX_ROUNDS = 7,  // pieces per part, if anything is cut
+  FLASHMLA_SCHEDULE_MAX_ROUNDS = 6,  // pieces per part, if anything is cut
   FLASHMLA_SCHEDULE_MAX_BATCH = 8192,
   FLASHMLA_SCHEDULE_MAX_PARTS = 512,
 };
 
 // Predicted nanoseconds, each 1 .. 65535; only their ratios steer the schedule.
 typedef struct flashmla_cost_model {
-  int page;                 // one 64-token page
-  int item;                 // prologue and epilogue of one work item
-  int empty_item;           // a request without tokens; less than item + page
-  int reduction;            // launching the combine ...
-  int reduction_per_split;  // ... and reading each partial result
+  int page;        // one 64-token page
+  int item;        // prologue and epilogue of one work item
+  int empty_item;  // a request without tokens; less than item + page
+  int reduction;   // launching the combine ...
+  int partial;     // ... and storing and reading back each partial result
 } flashmla_cost_model;
 
 typedef struct flashmla_schedule_params {

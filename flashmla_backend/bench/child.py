@@ -1,0 +1,53 @@
+"""A Python module run in a process of its own, which says on standard output what it is at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+MARK = "@ "
+LAST_LINES = 15
+
+
+def run_child(
+    arguments: list[str],
+    environment: Mapping[str, str],
+    log: Path,
+    timeout_s: float,
+    progressed: Callable[[str], None],
+) -> int:
+    """Runs `python -m arguments...` to its end, or kills it and all it started after `timeout_s`. Returns its code.
+
+    environment: on top of ours. log: receives its output. progressed: what follows MARK in lines that begin with it.
+    """
+    with (
+        log.open("w") as copy,
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as child,
+    ):
+        watchdog = threading.Timer(timeout_s, os.killpg, (child.pid, signal.SIGKILL))
+        watchdog.start()
+        assert child.stdout is not None
+        for line in child.stdout:
+            copy.write(line)
+            if line.startswith(MARK):
+                progressed(line.removeprefix(MARK).strip())
+        code = child.wait()
+        watchdog.cancel()
+    return code
+
+
+def last_lines(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])

@@ -1,0 +1,121 @@
+"""The command `flashmla bench serve`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flashmla_backend.errors import FlashMLAError, Unsupported
+
+out, err = Console(), Console(stderr=True)
+
+ON_GPU = {
+    "model": "v2-lite",
+    "backends": "ours,FLASHMLA,FLASH_ATTN_MLA",
+    "rates": "4,16",
+    "concurrency": "1,16,64",
+    "input": "1024",
+    "output": "128",
+}
+ON_CPU = {"model": "embedded", "backends": "ours", "rates": "1", "concurrency": "1,4", "input": "64", "output": "16"}
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="v2-lite or v3-attention (weights made up), embedded, or a folder.", show_default=ON_GPU["model"]
+        ),
+    ] = "",
+    backends: Annotated[str, typer.Option(help="ours, and vLLM's own.", show_default=ON_GPU["backends"])] = "",
+    rates: Annotated[str | None, typer.Option(help="Requests a second.", show_default=ON_GPU["rates"])] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Requests at once.", show_default=ON_GPU["concurrency"])
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long requests arrive at each rate.", min=1)] = 10,
+    rounds: Annotated[int, typer.Option(help="Prompts are so many times the requests at once.", min=1)] = 3,
+    input_tokens: Annotated[int, typer.Option(help="Of a prompt.", show_default=ON_GPU["input"], min=0)] = 0,
+    output_tokens: Annotated[int, typer.Option(help="Of an answer.", show_default=ON_GPU["output"], min=0)] = 0,
+    spread: Annotated[float, typer.Option(help="Of both lengths, as a part of them.", min=0, max=0.99)] = 0.0,
+    dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
+    compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,
+    server_arguments: Annotated[str, typer.Option(help="More arguments of vLLM's server, quoted as one.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds for one backend, its start included.", min=1)] = 300,
+    logs: Annotated[Path, typer.Option(help="Folder for the logs of servers and loads.")] = Path("bench-serve-logs"),
+    output: Annotated[Path, typer.Option("--out", help="The JSON report; a plot of the same name beside it.")] = Path(
+        "bench-serve.json"
+    ),
+    commit: Annotated[str | None, typer.Option(help="For the report, where git cannot tell.")] = None,
+) -> None:
+    """Serve over HTTP with each backend, and load it with vLLM's own generator.
+
+    Times to the first token and per further token, and throughput, at several rates and numbers of requests at once.
+    Defaults are smaller on a CPU. Exit code 1 if a backend or a request failed.
+    """
+    import torch
+
+    from flashmla_backend.bench import backends as known
+    from flashmla_backend.bench.provenance import write
+    from flashmla_backend.bench.serve import report
+    from flashmla_backend.bench.serve.loads import make_loads
+    from flashmla_backend.bench.serve.run import Plan, run
+    from flashmla_backend.serve import check_vllm
+
+    defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
+    try:
+        check_vllm()
+        plan = Plan(
+            model=model or defaults["model"],
+            backends=known.parse(backends or defaults["backends"]),
+            loads=make_loads(
+                defaults["rates"] if rates is None else rates,
+                defaults["concurrency"] if concurrency is None else concurrency,
+                seconds,
+                rounds,
+            ),
+            dtype=dtype,
+            input_tokens=input_tokens or int(defaults["input"]),
+            output_tokens=output_tokens or int(defaults["output"]),
+            spread=spread,
+            compiled=compiled,
+            timeout_s=timeout,
+            logs=logs,
+            server_arguments=shlex.split(server_arguments),
+        )
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("starting", total=None)
+            results = run(
+                plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
+            )
+    except FlashMLAError as error:
+        err.print(f"[bold red]{error}", highlight=False)
+        raise typer.Exit(2) from None
+    made = report.make(results, plan, shlex.join(["flashmla", *sys.argv[1:]]), commit)
+    write(made, output)
+    present(made, output)
+    if results.notes:
+        raise typer.Exit(1)
+
+
+def present(made: dict[str, Any], path: Path) -> None:
+    """A report as a table, and as a plot beside it."""
+    from flashmla_backend.bench.serve import report
+    from flashmla_backend.bench.serve.plot import plot
+
+    out.print(report.table(made))
+    said = report.lines(made)
+    try:
+        plot(made, path.with_suffix(".png"))
+        said.append(f"plot: {path.with_suffix('.png')}")
+    except Unsupported as error:
+        said.append(str(error))
+    for line in said:
+        out.print(f"- {line}", highlight=False, markup=False)
+    out.print(f"report: {path}", highlight=False)

@@ -1,0 +1,78 @@
+"""The command `flashmla bench steps`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flashmla_backend.errors import FlashMLAError
+
+out, err = Console(), Console(stderr=True)
+
+ON_GPU = {
+    "models": "v3-attention,v2-lite",
+    "backends": "ours,FLASHMLA,FLASH_ATTN_MLA,TRITON_MLA",
+    "points": "64x512,128x1K,32x8K,8x32K,4x32K+12x8K+16x2K+32x512",
+}
+ON_CPU = {"models": "tiny", "backends": "ours", "points": "4x128,1x1K+3x64"}
+
+
+def steps(
+    models: Annotated[str, typer.Option(help="Of v2-lite, v3-attention and tiny.", show_default=ON_GPU["models"])] = "",
+    backends: Annotated[str, typer.Option(help="ours, and vLLM's own by name.", show_default=ON_GPU["backends"])] = "",
+    points: Annotated[str, typer.Option(help="Batches as requests x tokens.", show_default=ON_GPU["points"])] = "",
+    dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
+    warmup: Annotated[int, typer.Option(help="Steps before the measured ones.", min=1)] = 8,
+    windows: Annotated[int, typer.Option(help="Windows, whose median counts.", min=1)] = 3,
+    window: Annotated[int, typer.Option(help="Steps of a window.", min=1)] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens whose probabilities are compared.", min=1)] = 16,
+    compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds for one model with one backend.")] = 240,
+    logs: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("bench-steps-logs"),
+    output: Annotated[Path, typer.Option("--out", help="The JSON report.")] = Path("bench-steps.json"),
+    commit: Annotated[str | None, typer.Option(help="For the report, where git cannot tell.")] = None,
+) -> None:
+    """Time decode steps of vLLM, backend by backend, and compare their answers.
+
+    On a GPU under full CUDA graphs; contexts are filled, not prefilled. Defaults are smaller on a
+    CPU. Exit code 1 if a backend failed.
+    """
+    import torch
+
+    from flashmla_backend.bench import backends as known
+    from flashmla_backend.bench.provenance import write
+    from flashmla_backend.bench.steps import points as batches
+    from flashmla_backend.bench.steps import report
+    from flashmla_backend.bench.steps.run import Plan, run
+
+    defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
+    try:
+        plan = Plan(
+            (models or defaults["models"]).split(","),
+            known.parse(backends or defaults["backends"]),
+            batches.parse(points or defaults["points"]),
+            *(dtype, warmup, windows, window, new_tokens, timeout, compiled, logs),
+        )
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=err) as progress:
+            task = progress.add_task("starting", total=None)
+            results = run(
+                plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
+            )
+    except FlashMLAError as error:
+        err.print(f"[bold red]{error}", highlight=False)
+        raise typer.Exit(2) from None
+    made = report.make(results, plan.points, shlex.join(["flashmla", *sys.argv[1:]]), commit)
+    write(made, output)
+    out.print(report.table(made))
+    for line in report.lines(made):
+        out.print(f"- {line}", highlight=False, markup=False)
+    out.print(f"report: {output}", highlight=False)
+    if results.notes:
+        raise typer.Exit(1)

@@ -1,0 +1,102 @@
+"""Host time of attention in a decode step, ours beside vLLM's FLASHMLA: `python -m flashmla_backend.bench.steps.host`.
+
+Microseconds that Python and the launches take, per step (`build`: the metadata, and what the first layer does more than
+the others) and per layer (`forward_mqa`). It competes with the GPU only where no CUDA graph is replayed. Needs a Hopper
+GPU with vLLM; the GPU's work is kept so small that the host never waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+LAYERS, STEPS, WARMUP = 48, 60, 10
+HEADS, PAGE, LENGTH = 16, 64, 64
+SCALE = 192**-0.5
+
+Build = Callable[..., Any]
+Forward = Callable[..., Any]
+
+
+def ours(device: torch.device) -> tuple[Build, Forward]:
+    from flashmla_backend.integration.planner import StepPlanner
+    from flashmla_backend.integration.vllm.builder import FlashMLAMetadataBuilder
+    from flashmla_backend.integration.vllm.impl import FlashMLAImpl
+
+    builder = object.__new__(FlashMLAMetadataBuilder)
+    builder.planner = StepPlanner(device, h_q=HEADS, page_size=PAGE, longest_query=1)
+    impl = object.__new__(FlashMLAImpl)
+    impl.scale = SCALE
+    return builder._build_decode, impl.forward_mqa
+
+
+def builtin(device: torch.device) -> tuple[Build, Forward]:
+    from vllm.v1.attention.backends.mla.flashmla import FlashMLAImpl, FlashMLAMetadataBuilder
+
+    builder = object.__new__(FlashMLAMetadataBuilder)
+    builder.num_q_heads, builder.dcp_world_size, builder.is_fp8_kvcache = HEADS, 1, False
+    impl = object.__new__(FlashMLAImpl)
+    impl.scale, impl.kv_cache_dtype, impl.kv_lora_rank = SCALE, "auto", 512
+    return builder._build_decode, impl.forward_mqa
+
+
+def measure(build: Build, forward: Forward, batch: int, device: torch.device) -> dict[str, float]:
+    """Medians over steps, in microseconds."""
+    cache = torch.zeros(batch + 1, PAGE, 576, dtype=torch.bfloat16, device=device)
+    q = (
+        torch.zeros(HEADS, batch, 512, dtype=torch.bfloat16, device=device).transpose(0, 1),
+        torch.zeros(batch, HEADS, 64, dtype=torch.bfloat16, device=device),
+    )
+    offsets = torch.arange(batch + 1, dtype=torch.int32)
+    arguments = {
+        "block_table_tensor": torch.arange(batch, dtype=torch.int32, device=device)[:, None].repeat(1, 8),
+        "seq_lens_device": torch.full((batch,), LENGTH, dtype=torch.int32, device=device),
+        "max_seq_len": LENGTH,
+        "query_start_loc_cpu": offsets,
+        "query_start_loc_device": offsets.to(device),
+        "num_decode_tokens": batch,
+        "dcp_tot_seq_lens_device": None,
+    }
+    builds, firsts, layers = [], [], []
+    for _ in range(WARMUP + STEPS):
+        torch.cuda.synchronize(device)
+        marks = [time.perf_counter()]
+        metadata = SimpleNamespace(num_decodes=batch, decode=build(**arguments))
+        marks.append(time.perf_counter())
+        forward(q, cache, metadata, None)
+        marks.append(time.perf_counter())
+        for _ in range(LAYERS - 1):
+            forward(q, cache, metadata, None)
+        marks.append(time.perf_counter())
+        spent = [(after - before) * 1e6 for before, after in pairwise(marks)]
+        builds.append(spent[0])
+        firsts.append(spent[1])
+        layers.append(spent[2] / (LAYERS - 1))
+    build_us, first_us, layer_us = (statistics.median(values[WARMUP:]) for values in (builds, firsts, layers))
+    return {
+        "build": round(build_us + first_us - layer_us, 2),
+        "of which in the first layer": round(first_us - layer_us, 2),
+        "forward_mqa": round(layer_us, 2),
+        "step of 48 layers": round(build_us + first_us + layer_us * (LAYERS - 1), 1),
+    }
+
+
+def main() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    contenders = {"ours": ours(device), "FLASHMLA": builtin(device)}
+    found = {
+        f"batch {batch}": {name: measure(*calls, batch, device) for name, calls in contenders.items()}
+        for batch in (1, 8, 64)
+    }
+    print(json.dumps({"device": torch.cuda.get_device_name(device), "host us": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

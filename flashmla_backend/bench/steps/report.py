@@ -1,0 +1,132 @@
+"""Results as JSON and as a table.
+
+A report is a dict: "device", "torch", "vllm", "date", "commit", "command", "notes", "wall_s", "summary", "deltas" and
+"rows", each {model, point, requests, tokens, <backend>: {ms, least_ms, gpu_ms, attention_ms, kernels}}.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from flashmla_backend.bench import machine
+from flashmla_backend.bench.backends import OURS, REFERENCES
+from flashmla_backend.bench.provenance import git_commit
+from flashmla_backend.bench.steps.points import Point
+from flashmla_backend.bench.steps.run import Results, vllm_version
+
+LONG_TOKENS = 8192  # mean context from which a point counts as attention-heavy, in a model made for it
+ATTENTION_HEAVY = "v3-attention"
+
+
+def make(results: Results, points: Sequence[Point], command: str, commit: str | None) -> dict[str, Any]:
+    """The report of a run."""
+    rows = []
+    for model, answers in results.answers.items():
+        for point in points:
+            row: dict[str, Any] = {
+                "model": model,
+                "point": point.name,
+                "requests": len(point.lengths),
+                "tokens": point.tokens,
+            }
+            row |= {who: answer["rows"][point.name] for who, answer in answers.items() if point.name in answer["rows"]}
+            rows.append(row)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "device": machine.describe(device)[0],
+        "torch": torch.__version__,
+        "vllm": vllm_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or git_commit(),
+        "command": command,
+        "impls": {model: {who: a["impl"] for who, a in answers.items()} for model, answers in results.answers.items()},
+        "rows": rows,
+        "deltas": {model: deltas(answers) for model, answers in results.answers.items()},
+        "summary": summarise(rows),
+        "notes": results.notes,
+        "wall_s": round(results.wall_s, 1),
+    }
+
+
+def speed_up(row: dict[str, Any]) -> float | None:
+    """Time of the best of vLLM's own backends over ours."""
+    others = [value["ms"] for who, value in row.items() if isinstance(value, dict) and who != OURS]
+    return min(others) / row[OURS]["ms"] if OURS in row and others else None
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Geometric mean and least of the speed-ups, over all points and over those where attention dominates."""
+
+    def heavy(row: dict[str, Any]) -> bool:
+        return row["model"] == ATTENTION_HEAVY and row["tokens"] >= LONG_TOKENS * row["requests"]
+
+    chosen = {"all": list(rows), "attention-heavy": [row for row in rows if heavy(row)]}
+    summary = {}
+    for name, some in chosen.items():
+        ratios = [ratio for row in some if (ratio := speed_up(row)) is not None]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            summary[name] = {"geomean": round(mean, 4), "min": round(min(ratios), 4), "n": len(ratios)}
+    return summary
+
+
+def deltas(answers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean |difference of log probabilities| from the reference backend, over the tokens before answers part.
+
+    A token that two backends choose after the same tokens has the same context in both.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    reference = next((name for name in REFERENCES if name in answers), None)
+    if reference is None:
+        return found
+    theirs = answers[reference]
+    for who, ours in answers.items():
+        if who == reference:
+            continue
+        differences = []
+        requests = zip(ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True)
+        for tokens, their_tokens, logprobs, their_logprobs in requests:
+            for a, b, x, y in zip(tokens, their_tokens, logprobs, their_logprobs, strict=True):
+                if a != b:
+                    break
+                differences.append(abs(x - y))
+        mean = sum(differences) / len(differences) if differences else math.nan
+        found[who] = {"from": reference, "mean_abs_dlogprob": mean, "compared_tokens": len(differences)}
+    return found
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Milliseconds of a step by backend, our share of attention, and the speed-up."""
+    names = list(dict.fromkeys(key for row in report["rows"] for key, value in row.items() if isinstance(value, dict)))
+    title = f"{report['device']}, vLLM {report['vllm']}: milliseconds of a decode step (of which attention)"
+    made = Table("model", "requests x tokens", *names, "speed-up", title=title)
+    for row in report["rows"]:
+        cells = [row["model"], row["point"]]
+        for name in names:
+            value = row.get(name)
+            share = f" ({value['attention_ms']:.2f})" if value and "attention_ms" in value else ""
+            cells.append(f"{value['ms']:.2f}{share}" if value else "-")
+        ratio = speed_up(row)
+        made.add_row(*cells, f"{ratio:.3f}" if ratio else "-")
+    return made
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """What the table does not say."""
+    said = [
+        f"best of vLLM's own / ours, {name}: geometric mean {s['geomean']:.3f}, least {s['min']:.3f} of {s['n']:.0f}"
+        for name, s in report["summary"].items()
+    ]
+    for model, by_backend in report["deltas"].items():
+        said += [
+            f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f} "
+            f"over {d['compared_tokens']:.0f} tokens"
+            for who, d in by_backend.items()
+        ]
+    return said + report["notes"]

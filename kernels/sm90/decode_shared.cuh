@@ -1,0 +1,88 @@
+// Shared memory of the decode kernel, and what its roles have in common.
+#pragma once
+
+#include "sm90/decode_params.cuh"
+#include "sm90/ptx/mbarrier.cuh"
+#include "sm90/ptx/wgmma.cuh"
+
+namespace flashmla {
+
+constexpr int kThreads = 384;
+constexpr int kLeftStages = 2;
+constexpr int kRightStages = 3;
+constexpr int kHalfTiles = 4;  // column tiles of half a latent
+constexpr int kRopeTile = kTiles - 1;
+constexpr int kRegisterTiles = 3;  // of Q: the last latent ones
+constexpr int kFirstRegisterTile = kRopeTile - kRegisterTiles;
+constexpr int kProducerRegisters = 56;
+constexpr int kLeftRegisters = 248;
+constexpr int kRightRegisters = 200;
+static_assert(kProducerRegisters + kLeftRegisters + kRightRegisters == 3 * 168, "as launched");
+
+using Tile = uint8_t[ptx::kTileBytes];
+
+struct DecodeShared {
+  alignas(1024) Tile q[kTiles - kRegisterTiles];  // the last one is rope
+  alignas(1024) Tile left[kLeftStages][kHalfTiles];
+  alignas(1024) Tile right[kRightStages][kHalfTiles];
+  alignas(1024) Tile rope[kLeftStages];   // becomes P
+  float rescale[kLeftStages][kTileRows];  // factor of O before this page's P V
+  float inverse_sum[kLeftStages][kTileRows];
+  bool must_rescale[kLeftStages][4];  // by warp
+  ptx::Mbarrier q_full, q_empty;
+  // Each half of a page arrives in two pairs of tiles, so that S starts before it is complete.
+  ptx::Mbarrier left_full[kLeftStages][2], left_empty[kLeftStages];
+  ptx::Mbarrier right_full[kRightStages][2], right_empty[kRightStages];
+  ptx::Mbarrier rope_full[kLeftStages], rope_empty[kLeftStages];
+  ptx::Mbarrier p_full[kLeftStages];
+};
+static_assert(sizeof(DecodeShared) + 1024 <= 232448, "shared memory of an SM");
+
+enum Barrier : int { kLeftGroup = 1, kRightGroup };  // named barriers; 0 is __syncthreads
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Item {
+  int request, page_begin, page_end, split;
+  __device__ __forceinline__ explicit Item(int4 v)
+      : request(v.x), page_begin(v.y), page_end(v.z), split(v.w) {}
+  __device__ __forceinline__ int pages() const { return page_end - page_begin; }
+};
+
+// Q of row `row` of this KV head.
+__device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a, int request,
+                                                     int kv_head, int row) {
+  return static_cast<const uint16_t*>(a.q) + request * a.q_batch_stride +
+         row / a.group * a.q_token_stride + (kv_head * a.group + row % a.group) * a.q_head_stride;
+}
+
+// Rows that this thread holds of a 64-row accumulator.
+__device__ __forceinline__ int accumulator_row(int r) {
+  return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+}
+
+// Word j of thread i goes to word i of thread j, among the four threads of a quad.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
+#pragma unroll
+  for (int step = 1; step <= 2; step <<= 1) {
+    const bool high = threadIdx.x & step;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & step) continue;
+      const uint32_t received = __shfl_xor_sync(~0u, high ? v[j] : v[j + step], step);
+      (high ? v[j] : v[j + step]) = received;
+    }
+  }
+}
+
+}  // namespace flashmla

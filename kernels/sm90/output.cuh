@@ -1,0 +1,110 @@
+// From the accumulators of the decode kernel to memory.
+#pragma once
+
+#include "sm90/decode_shared.cuh"
+#include "sm90/softmax.cuh"
+
+namespace flashmla {
+
+__device__ __forceinline__ void pin_words(uint32_t (&v)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(v[i / 4][i % 4]));
+}
+
+// One row of O, 256 columns from `column` on: this thread's o[4 n + 2 r + {0, 1}] are columns
+// 8 n + 2 (lane % 4) + {0, 1}. All values of a batch are ready before its first store, or each
+// store would wait for the registers of the one before.
+template <typename Element>
+__device__ __forceinline__ void store_row(Element* out, bool valid, int r, const float (&o)[128],
+                                          float inverse_sum) {
+  const int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int batch = 0; batch < 32; batch += 16) {
+    uint32_t v[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int x = 4 * (batch + 4 * i + j) + 2 * r;
+        v[i][j] = pack<Element>(o[x] * inverse_sum, o[x + 1] * inverse_sum);
+      }
+      transpose_quad(v[i]);  // each thread then owns 16 contiguous bytes
+    }
+    pin_words(v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (valid)
+        *reinterpret_cast<uint4*>(out + 8 * (batch + 4 * i + quad)) =
+            make_uint4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    }
+  }
+}
+
+template <>
+__device__ __forceinline__ void store_row(float* out, bool valid, int r, const float (&o)[128],
+                                          float inverse_sum) {
+  const int quad = threadIdx.x % 4;
+  const bool odd = quad & 1;
+#pragma unroll
+  for (int batch = 0; batch < 32; batch += 8) {
+    uint32_t v[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Neighbours exchange pairs of columns: each thread then owns 16 contiguous bytes.
+      const int x = 4 * (batch + 2 * i) + 2 * r;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float here = o[x + j], there = o[x + j + 4];
+        const float got = __shfl_xor_sync(~0u, odd ? here : there, 1) * inverse_sum;
+        const float own = (odd ? there : here) * inverse_sum;
+        v[i][j] = __float_as_uint(odd ? got : own);
+        v[i][j + 2] = __float_as_uint(odd ? own : got);
+      }
+    }
+    pin_words(v);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (valid)
+        *reinterpret_cast<uint4*>(out + 8 * (batch + 2 * i + odd) + 4 * (quad / 2)) =
+            make_uint4(v[i][0], v[i][1], v[i][2], v[i][3]);
+    }
+  }
+}
+
+// O [64, 256] of this warpgroup, columns from `column`, to the output or to the partial results.
+template <typename Element>
+__device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
+                                             int kv_head, int row_begin, int column,
+                                             const float (&o)[128], const float (&inverse_sum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = min(row_begin + accumulator_row(r), a.rows - 1);
+    const bool valid = row_begin + accumulator_row(r) < a.rows;
+    if (item.split >= 0) {
+      store_row(a.partial_out + partial_row(a, item.split, kv_head, row) * kLatent + column, valid,
+                r, o, inverse_sum[r]);
+    } else {
+      store_row(static_cast<Element*>(a.out) + output_row(a, item.request, kv_head, row) * kLatent +
+                    column,
+                valid, r, o, inverse_sum[r]);
+    }
+  }
+}
+
+// Out and LSE of a request without tokens; all 256 consumer threads.
+template <typename Element>
+__device__ __forceinline__ void store_empty(const DecodeArguments& a, const Item& item, int kv_head,
+                                            int row_begin) {
+  const int thread = threadIdx.x - 128;
+  const int rows = min(kTileRows, a.rows - row_begin);
+#pragma unroll 1
+  for (int i = thread; i < rows * kLatent / 8; i += 256) {
+    const int64_t row = output_row(a, item.request, kv_head, row_begin + i / (kLatent / 8));
+    reinterpret_cast<uint4*>(static_cast<Element*>(a.out) + row * kLatent)[i % (kLatent / 8)] =
+        uint4{};
+  }
+  if (thread < rows)
+    a.lse[output_row(a, item.request, kv_head, row_begin + thread)] = kNegativeInfinity;
+}
+
+}  // namespace flashmla

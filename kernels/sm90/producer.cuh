@@ -1,0 +1,120 @@
+// The producer warpgroup of the decode kernel: pages by TMA, the valid rows of Q by cp.async.
+#pragma once
+
+#include "sm90/decode_shared.cuh"
+#include "sm90/ptx/copy.cuh"
+#include "sm90/ptx/sync.cuh"
+
+namespace flashmla {
+
+// Calls load(page id, first row in the page) for every page of the items; a warp together.
+template <typename Load>
+__device__ __forceinline__ void for_each_page(const DecodeArguments& a, int first, int last,
+                                              Load load) {
+  for (int i = first; i < last; ++i) {
+    const Item item(__ldg(a.items + i));
+    const int32_t* table = a.block_table + item.request * a.block_table_stride;
+    for (int base = item.page_begin; base < item.page_end; base += 32) {
+      // Every lane looks up one page, so that table reads are a thirty-second of the waits.
+      const int own = base + threadIdx.x % 32;
+      const int page_id = own < item.page_end ? __ldg(table + own / a.tiles_per_page) : 0;
+      const int count = min(32, item.page_end - base);
+#pragma unroll 1  // keeps the code short: short requests pay for fetching it
+      for (int j = 0; j < count; ++j) {
+        load(__shfl_sync(~0u, page_id, j), (base + j) % a.tiles_per_page * kTileTokens);
+      }
+    }
+  }
+}
+
+// Whether a part's second page waits until Q is there: the first S needs Q and one page, so these
+// go first. Not with a single page, since Q of the next item may be there by then, and a barrier
+// two phases ahead looks like one that never completed.
+__device__ __forceinline__ bool waits_for_queries(const DecodeArguments& a, int first, int last) {
+  return first < last && Item(__ldg(a.items + first)).pages() > 1;
+}
+
+__device__ __forceinline__ void load_tile(const DecodeArguments& a, void* destination,
+                                          ptx::Mbarrier* barrier, int kv_head, int page, int row,
+                                          int tile) {
+  ptx::tma_load_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page, ptx::kEvictFirst);
+}
+
+__device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
+                                            int kv_head, int first, int last) {
+  const int lane = threadIdx.x % 32;
+  Ring<kLeftStages> ring;
+  bool hold = waits_for_queries(a, first, last);
+  for_each_page(a, first, last, [&](int page, int row) {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
+    if (lane < 2)
+      ptx::mbarrier_arrive_expect_tx(&shared.left_full[stage][lane], 2 * ptx::kTileBytes);
+    __syncwarp();
+    if (lane < kHalfTiles)
+      load_tile(a, shared.left[stage][lane], &shared.left_full[stage][lane / 2], kv_head, page, row,
+                lane);
+    // Only the lane that acts on it waits: another might look when the slot is a phase further on.
+    if (lane == 0) {
+      ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(&shared.rope_full[stage], ptx::kTileBytes);
+      load_tile(a, shared.rope[stage], &shared.rope_full[stage], kv_head, page, row, kRopeTile);
+    }
+    if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
+    hold = false;
+    ring.advance();
+  });
+}
+
+__device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
+                                             int kv_head, int first, int last) {
+  const int lane = threadIdx.x % 32;
+  Ring<kRightStages> ring;
+  bool hold = waits_for_queries(a, first, last);
+  for_each_page(a, first, last, [&](int page, int row) {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
+    if (lane < 2)
+      ptx::mbarrier_arrive_expect_tx(&shared.right_full[stage][lane], 2 * ptx::kTileBytes);
+    __syncwarp();
+    if (lane < kHalfTiles)
+      load_tile(a, shared.right[stage][lane], &shared.right_full[stage][lane / 2], kv_head, page,
+                row, kHalfTiles + lane);
+    if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
+    hold = false;
+    ring.advance();
+  });
+}
+
+// Two warps; 48 of their threads own one 16-byte column of the tiles in shared memory each.
+__device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
+                                               int row_begin, int kv_head, int first, int last) {
+  const int thread = threadIdx.x % 128 - 64;
+  const int slot = thread / 8, chunk = thread % 8;
+  const int tile = slot == kFirstRegisterTile ? kRopeTile : slot;
+  const int rows = min(kTileRows, a.rows - row_begin);
+  uint32_t parity = 0;
+  for (int i = first; i < last; ++i) {
+    const Item item(__ldg(a.items + i));
+    if (item.pages() == 0) continue;
+    ptx::mbarrier_wait(&shared.q_empty, parity ^ 1);
+    if (slot < kTiles - kRegisterTiles) {
+      int head = row_begin % a.group;
+      const uint16_t* q = query_row(a, item.request, kv_head, row_begin) + tile * 64 + chunk * 8;
+      const int64_t next_token = a.q_token_stride - (a.group - 1) * a.q_head_stride;
+#pragma unroll 4
+      for (int r = 0; r < rows; ++r) {
+        ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16), q);
+        const bool wraps = ++head == a.group;
+        if (wraps) head = 0;
+        q += wraps ? next_token : a.q_head_stride;
+      }
+    }
+    ptx::copy_async_wait_all();
+    ptx::fence_async_proxy();
+    ptx::mbarrier_arrive(&shared.q_full);
+    parity ^= 1;
+  }
+}
+
+}  // namespace flashmla

@@ -1,0 +1,300 @@
+"""The barrier protocol of kernels/sm90/decode.cuh, for `barrier_machine` to run in every order.
+
+Each role below is the kernel's function of that name with everything but synchronisation and shared memory left out.
+What the kernel has four or two of is modelled once or twice, as `Scale` says: enough for warps that drift apart and for
+tiles that arrive out of turn. A warp is one program: the compiler lets its lanes meet again after every wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tests.barrier_machine import (
+    Arrive,
+    BarArrive,
+    BarWait,
+    Copy,
+    Fence,
+    Label,
+    Load,
+    Mma,
+    MmaWait,
+    Protocol,
+    Reads,
+    Step,
+    Store,
+    Wait,
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many of its parts are modelled, and the rings."""
+
+    warps: int  # of a warpgroup, and that load Q; the kernel has 4, and 2
+    pairs: int  # of column tiles, each with a barrier, in either half of a page; the kernel has 2
+    left_stages: int = 2  # for left halves, rope tiles and P
+    right_stages: int = 3
+
+
+@dataclass
+class Ring:
+    """As in the kernel, and beside the parity the phase it is meant to stand for."""
+
+    stages: int
+    stage: int = 0
+    parity: int = 0
+    round: int = 0
+
+    def advance(self) -> None:
+        self.stage = (self.stage + 1) % self.stages
+        if self.stage == 0:
+            self.parity ^= 1
+            self.round += 1
+
+    def full(self, barrier: str) -> Wait:
+        return Wait(f"{barrier}_{self.stage}", self.parity, self.round)
+
+    def empty(self, barrier: str) -> Wait:
+        return Wait(f"{barrier}_{self.stage}", self.parity ^ 1, self.round - 1)
+
+
+@dataclass(frozen=True)
+class Page:
+    serial: int
+    partial: bool  # it has rows past the length, which must be zeroed before they are read as V
+    first: bool
+    last: bool
+
+
+Item = tuple[Page, ...]
+
+
+def make_items(work: Sequence[str]) -> list[Item]:
+    """ "2" is an item of two pages, "2p" the same with a partial last page."""
+    items, serial = [], 0
+    for text in work:
+        count = int(text.rstrip("p"))
+        items.append(
+            tuple(Page(serial + i, text.endswith("p") and i + 1 == count, i == 0, i + 1 == count) for i in range(count))
+        )
+        serial += count
+    return items
+
+
+# --- Shared memory: what a page's data is called while it is K, zero-filled V, or P.
+
+
+def q(item: int) -> Label:
+    return f"q {item}"
+
+
+def k(page: Page) -> Label:
+    return f"k {page.serial}"
+
+
+def zero(page: Page) -> Label:
+    return f"zero {page.serial}"
+
+
+def s(page: Page) -> Label:
+    return f"s {page.serial}"
+
+
+def p(page: Page) -> Label:
+    return f"p {page.serial}"
+
+
+def pv(page: Page) -> Label:
+    return f"pv {page.serial}"
+
+
+def tails(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:
+    """Rows past the length of a partial page, in the shares of the warps that zero them. S may read anything there."""
+    return tuple(f"{side}_tail{pair}_{stage}.{w}" for w in range(scale.warps))
+
+
+def rope(stage: int, scale: Scale) -> tuple[str, ...]:
+    """A rope tile, in the shares of the warps that put P there."""
+    return tuple(f"rope_{stage}.{w}" for w in range(scale.warps))
+
+
+def holding(label: Label, regions: Sequence[str]) -> Reads:
+    return tuple((region, label) for region in regions)
+
+
+def values(page: Page, stage: int, side: str, scale: Scale) -> Reads:
+    tail = zero(page) if page.partial else k(page)
+    reads: Reads = ()
+    for pair in range(scale.pairs):
+        reads += ((f"{side}{pair}_{stage}", k(page)), *holding(tail, tails(side, pair, stage, scale)))
+    return reads
+
+
+# --- The producer's roles.
+
+
+def waits_for_queries(items: Sequence[Item]) -> bool:
+    return bool(items) and len(items[0]) > 1
+
+
+def stream_half(page: Page, ring: Ring, side: str, scale: Scale) -> Iterator[Step]:
+    stage = ring.stage
+    yield ring.empty(f"{side}_empty")
+    for pair in range(scale.pairs):
+        regions = (f"{side}{pair}_{stage}", *tails(side, pair, stage, scale))
+        yield Copy(regions, k(page), f"{side}_full{pair}_{stage}")
+
+
+def stream_left(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
+    ring = Ring(scale.left_stages)
+    hold = waits_for_queries(items)
+    for page in (page for item in items for page in item):
+        yield from stream_half(page, ring, "left", scale)
+        yield ring.empty("rope_empty")
+        yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
+        if hold:
+            yield Wait("q_full_0", parity=0, round=0)
+        hold = False
+        ring.advance()
+
+
+def stream_right(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
+    ring = Ring(scale.right_stages)
+    hold = waits_for_queries(items)
+    for page in (page for item in items for page in item):
+        yield from stream_half(page, ring, "right", scale)
+        if hold:
+            yield Wait("q_full_0", parity=0, round=0)
+        hold = False
+        ring.advance()
+
+
+def stream_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
+    ring = Ring(1)
+    for index, item in enumerate(items):
+        if not item:
+            continue
+        yield ring.empty("q_empty")
+        yield Store((f"q.{warp}",), q(index))
+        yield Fence(q(index))  # with the wait for this warp's own cp.async
+        yield Arrive("q_full_0", q(index))
+        ring.advance()
+
+
+# --- The consumers' roles.
+
+
+def zero_tail(page: Page, stage: int, side: str, warp: int, scale: Scale) -> Iterator[Step]:
+    yield Store(tuple(tails(side, pair, stage, scale)[warp] for pair in range(scale.pairs)), zero(page))
+    yield Fence(zero(page))
+    yield from sync(f"{side}_group", zero(page))
+
+
+def sync(barrier: str, label: Label) -> Iterator[Step]:
+    yield BarArrive(barrier, label)
+    yield BarWait(barrier)
+
+
+def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale) -> Iterator[Step]:
+    query = holding(q(index), [f"q.{w}" for w in range(scale.warps)])
+    for side, half in ("left", ring), ("right", right_ring):
+        for pair in range(scale.pairs):
+            yield half.full(f"{side}_full{pair}")
+            yield Mma((*query, (f"{side}{pair}_{half.stage}", k(page))))
+    yield ring.full("rope_full")
+    yield Mma((*query, *holding(k(page), rope(ring.stage, scale))))
+
+
+def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
+    ring, right_ring, q_ring = Ring(scale.left_stages), Ring(scale.right_stages), Ring(1)
+    for index, item in enumerate(items):
+        if not item:
+            continue
+        yield q_ring.full("q_full")
+        q_ring.advance()
+        yield from start_scores(index, item[0], ring, right_ring, scale)
+        yield MmaWait(s(item[0]))
+        for at, page in enumerate(item):
+            stage = ring.stage
+            if not page.first:
+                yield Arrive(f"p_full_{stage ^ 1}", p(item[at - 1]))
+            if page.last:
+                yield Arrive("q_empty_0", q(index))
+            yield from sync("left_group", s(page))
+            if page.partial:
+                yield from zero_tail(page, stage, "left", warp, scale)
+            yield Mma(values(page, stage, "left", scale))
+            yield Store((f"rope_{stage}.{warp}", f"rescale_{stage}.{warp}"), p(page))
+            if page.last:
+                yield Store((f"inverse_sum_{stage}.{warp}",), p(page))
+            yield Fence(p(page))
+            if page.last:
+                yield Arrive(f"p_full_{stage}", p(page))
+            ring.advance()
+            right_ring.advance()
+            yield MmaWait(pv(page))
+            yield Arrive(f"left_empty_{stage}", pv(page))
+            if page.last:
+                break
+            yield from start_scores(index, item[at + 1], ring, right_ring, scale)
+            yield MmaWait(s(item[at + 1]))
+
+
+def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
+    ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
+    for page in (page for item in items for page in item):
+        for pair in range(scale.pairs):
+            yield ring.full(f"right_full{pair}")
+        if page.partial:
+            yield from zero_tail(page, ring.stage, "right", warp, scale)
+        yield p_ring.full("p_full")
+        if not page.first:
+            yield Load(f"rescale_{p_ring.stage}.{warp}", p(page))
+        probabilities = holding(p(page), rope(p_ring.stage, scale))
+        yield Mma((*probabilities, *values(page, ring.stage, "right", scale)))
+        if page.last:
+            yield Load(f"inverse_sum_{p_ring.stage}.{warp}", p(page))
+        yield MmaWait(pv(page))
+        yield Arrive(f"rope_empty_{p_ring.stage}", pv(page))
+        yield Arrive(f"right_empty_{ring.stage}", pv(page))
+        ring.advance()
+        p_ring.advance()
+
+
+Edit = Callable[[str, list[Step]], list[Step]]
+
+
+def as_it_is(role: str, steps: list[Step]) -> list[Step]:
+    return steps
+
+
+def protocol(
+    work: Sequence[str], scale: Scale, edit: Edit = as_it_is, scale_of: Mapping[str, Scale] | None = None
+) -> Protocol:
+    """The kernel's protocol over these items. `edit` may break a role's steps, `scale_of` give a role other rings."""
+    items = make_items(work)
+    other = scale_of or {}
+
+    def program(role: str, steps: Iterator[Step]) -> list[Step]:
+        return edit(role, list(steps))
+
+    programs = {
+        "stream_left": program("stream_left", stream_left(items, other.get("stream_left", scale))),
+        "stream_right": program("stream_right", stream_right(items, other.get("stream_right", scale))),
+    }
+    for w in range(scale.warps):
+        programs[f"queries.{w}"] = program("queries", stream_queries(items, w))
+        programs[f"left.{w}"] = program("left", run_left(items, w, other.get("left", scale)))
+        programs[f"right.{w}"] = program("right", run_right(items, w, other.get("right", scale)))
+
+    mbarriers = {"q_full_0": scale.warps, "q_empty_0": scale.warps}
+    for stage in range(scale.left_stages):
+        mbarriers |= {f"left_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
+        mbarriers |= {f"rope_full_{stage}": 1}
+        mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in ("left_empty", "rope_empty", "p_full")}
+    for stage in range(scale.right_stages):
+        mbarriers |= {f"right_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
+        mbarriers |= {f"right_empty_{stage}": scale.warps}
+    return Protocol(programs, mbarriers, named_barriers={"left_group": scale.warps, "right_group": scale.warps})

@@ -1,0 +1,132 @@
+"""`flashmla bench serve` without a server: loads, models, what is kept of a result, and what is concluded."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from flashmla_backend.bench.backends import OURS
+from flashmla_backend.bench.serve import models, report
+from flashmla_backend.bench.serve.loads import Load, make_loads
+from flashmla_backend.bench.serve.run import METRICS, PERCENTILES, Plan, Results, digest, who_serves
+from flashmla_backend.bench.servers import HttpServer, ServerFailed, free_port, running
+from flashmla_backend.bench.vllm_server import vllm_server
+from flashmla_backend.cli import app
+from flashmla_backend.errors import InvalidArgument
+
+
+def test_loads() -> None:
+    assert make_loads("0.5,4", "1,16", seconds=10, rounds=3) == [
+        Load("rate", 0.5, 5),
+        Load("rate", 4, 40),
+        Load("concurrency", 1, 3),
+        Load("concurrency", 16, 48),
+    ]
+    assert [load.name for load in make_loads("0.5", "16", 1, 1)] == ["0.5/s", "16 at once"]
+    assert make_loads("0.5", "", 1, 1)[0].prompts == 4
+    assert Load("rate", 4, 40).arguments() == ["--num-prompts", "40", "--request-rate", "4"]
+    assert Load("concurrency", 16, 48).arguments()[-2:] == ["--max-concurrency", "16"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "concurrency", "said"),
+    [
+        ("4,x", "", "rates is '4,x'; accepted: positive numbers"),
+        ("inf", "", "rates is 'inf'"),
+        ("", "0", "concurrency is '0'"),
+        ("", "1.5", "concurrency has 1.5; accepted: whole numbers"),
+        ("", "", "both empty"),
+    ],
+)
+def test_loads_that_are_none(rates: str, concurrency: str, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        make_loads(rates, concurrency, 1, 1)
+
+
+def test_models(tmp_path: Path) -> None:
+    folder, arguments = models.resolve("v2-lite", "bfloat16", 70000, tmp_path)
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 70000
+    assert (folder / "tokenizer.json").is_file() and arguments == ["--load-format", "dummy"]
+    assert models.resolve(str(folder), "bfloat16", 1, tmp_path) == (folder, [])
+    with pytest.raises(InvalidArgument, match="model is 'v4'; accepted: embedded, v2-lite, v3-attention, or a folder"):
+        models.resolve("v4", "bfloat16", 1, tmp_path)
+
+
+def test_a_backend_is_selected_by_argument_and_environment(tmp_path: Path) -> None:
+    ours = vllm_server(tmp_path, OURS, ["--seed", "0"], tmp_path / "log")
+    theirs = vllm_server(tmp_path, "TRITON_MLA", [], tmp_path / "log")
+    selected = [server.command[server.command.index("--attention-backend") + 1] for server in (ours, theirs)]
+    assert selected == ["FLASHMLA", "TRITON_MLA"] and ours.command[-2:] == ["--seed", "0"]
+    assert [server.environment["FLASHMLA_BACKEND_DISABLE"] for server in (ours, theirs)] == ["0", "1"]
+
+
+def test_the_log_must_name_the_backend(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x Using CPU_MLA backend.\nINFO flashmla_backend 0.1.0 serves MLA decode: our kernels\n")
+    assert who_serves(OURS, log) == "flashmla_backend 0.1.0 serves MLA decode: our kernels"
+    with pytest.raises(ServerFailed, match="asked for FLASHMLA, and the log says: flashmla_backend"):
+        who_serves("FLASHMLA", log)
+    log.write_text("x Using FLASHMLA attention backend out of potential backends\n")
+    assert who_serves("FLASHMLA", log).startswith("Using FLASHMLA")
+    with pytest.raises(ServerFailed, match="asked for ours"):
+        who_serves(OURS, log)
+
+
+def test_a_server_that_dies_or_does_not_answer(tmp_path: Path) -> None:
+    def server(code: str) -> HttpServer:
+        return HttpServer([sys.executable, "-c", code], {}, f"http://127.0.0.1:{free_port()}", tmp_path / "log")
+
+    with (
+        pytest.raises(ServerFailed, match=r"ended with code 3 (?s:.*)no such model"),
+        running(server("print('no such model', flush=True); raise SystemExit(3)"), 60),
+    ):
+        pass
+    with pytest.raises(ServerFailed, match="not up after 1 s"), running(server("import time; time.sleep(60)"), 1):
+        pass
+
+
+def result(scale: float) -> dict[str, Any]:
+    """As vLLM's generator saves it."""
+    made: dict[str, Any] = {"completed": 4, "total_input_tokens": 40, "total_output_tokens": 20, "duration": 1.0}
+    made |= {"request_throughput": 4 / scale, "output_throughput": 20 / scale, "total_token_throughput": 60 / scale}
+    for metric in METRICS:
+        made |= {f"mean_{metric}_ms": scale} | {f"p{which}_{metric}_ms": scale for which in PERCENTILES}
+    return made
+
+
+def test_report(tmp_path: Path) -> None:
+    loads = make_loads("2", "4", 2, 1)
+    plan = Plan("v2-lite", [OURS, "FLASHMLA"], loads, "bfloat16", 10, 5, 0.0, False, 1, tmp_path, [])
+    ours, flashmla, triton = digest(result(2)), digest(result(3)), digest(result(8))
+    measured = {
+        OURS: {"2/s": ours, "4 at once": ours},
+        "FLASHMLA": {"2/s": flashmla, "4 at once": digest(result(1.5))},
+        "TRITON_MLA": {"2/s": triton},
+    }
+    results = Results(measured, {OURS: "flashmla_backend serves"}, ["a note"])
+    made = json.loads(json.dumps(report.make(results, plan, "flashmla bench serve", "abc")))
+    assert [report.gains(row)["tpot"] for row in made["rows"]] == [1.5, 0.75]
+    for gained in made["summary"].values():
+        assert gained == {"geomean": pytest.approx(1.125**0.5, abs=1e-3), "min": 0.75, "n": 2}
+    console = Console(width=200, file=io.StringIO())
+    console.print(report.table(made))
+    console.print("\n".join(report.lines(made)))
+    for part in ("4 at once", "TRITON_MLA", "flashmla_backend serves", "least 0.750", "a note"):
+        assert part in console.file.getvalue()
+    (tmp_path / "serve.json").write_text(json.dumps(made))
+    shown = CliRunner().invoke(app, ["bench", "show", str(tmp_path / "serve.json")])
+    assert shown.exit_code == 0, shown.output
+    assert "v2-lite" in shown.output
+    assert (tmp_path / "serve.png").stat().st_size > 10000
+
+
+def test_refusals_are_said_before_anything_starts() -> None:
+    said = CliRunner().invoke(app, ["bench", "serve", "--rates", "fast"])
+    assert said.exit_code == 2 and "rates is 'fast'" in said.output

@@ -1,0 +1,51 @@
+"""`flashmla bench serve` and `flashmla bench soak` with the real server and vLLM's own load generator."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flashmla_backend.cli import app
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs a command of `flashmla bench` and returns its report."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("FLASHMLA_BACKEND_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+
+    def run(command: str, **options: object) -> dict[str, Any]:
+        words = ["bench", command, "--logs", str(tmp_path), "--out", str(tmp_path / "report.json")]
+        for name, value in options.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        made: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+        return made
+
+    return run
+
+
+def test_rates_and_requests_at_once(bench: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    made = bench("serve", rates="2", concurrency="3", seconds=3, rounds=2, input_tokens=70, output_tokens=9)
+    assert [(row["load"], row["ours"]["completed"]) for row in made["rows"]] == [("2/s", 6), ("3 at once", 6)]
+    for row in made["rows"]:
+        assert row["ours"]["total_output_tokens"] == 6 * 9
+        assert 0 < row["ours"]["tpot_ms"]["p50"] <= row["ours"]["tpot_ms"]["p99"]
+        assert 0 < row["ours"]["ttft_ms"]["p50"] < row["ours"]["e2el_ms"]["p50"]
+    assert "serves MLA decode: CPU reference path" in made["served_by"]["ours"]
+    assert (tmp_path / "report.png").exists()
+
+
+def test_a_short_soak(bench: Callable[..., dict[str, Any]]) -> None:
+    made = bench("soak", seconds=18, phase=5, clients=6, longest=400)
+    assert made["failed"] == 0 and made["failures"] == []
+    assert made["canaries"]["asked"] >= 3 and made["canaries"]["different"] == 1
+    assert min(made["counters"][name] for name in ("preemptions", "prefix_hits", "accepted")) > 0
