@@ -1,8 +1,9 @@
 # Each target first makes .venv, if need be, with everything in it (scripts/setup.sh). No root, GPU or model download.
 #   make serve ARGS="--port 8001"     ARGS goes to `flashmla serve` or to pytest
 #   make setup PYTHON=python3.12 ENGINE=cpu
+#   make test ENGINE=sglang           SGLang has an environment of its own, .venv-sglang, and tests of its own
 
-VENV := .venv
+VENV := $(if $(filter sglang,$(ENGINE)),.venv-sglang,.venv)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGE_CODE := flashmla_backend integration buildtools examples benchmarks
@@ -23,8 +24,13 @@ serve: $(READY) ## Serve the embedded default model over HTTP
 doctor: $(READY) ## Say what is here and what is missing
 	$(BIN)/flashmla doctor
 
-test: lint wheel ## Lint, build the wheel, run all tests
+ifeq ($(ENGINE),sglang)
+test: $(READY) ## Lint, build the wheel, run all tests; with ENGINE=sglang those of SGLang only
+	$(BIN)/python -m pytest --durations=10 tests/sglang $(ARGS)
+else
+test: lint wheel
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
+endif
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check $(PYTHON_CODE)
@@ -43,9 +49,9 @@ wheel: $(READY) ## Build dist/*.whl and check what is in it
 	$(BIN)/python buildtools/check_wheel.py dist/*.whl
 
 clean: ## Remove what was built, .venv included
-	rm -rf $(VENV) build dist
+	rm -rf .venv .venv-sglang build dist
 
 # The kernels are compiled at installation, so a change in them installs anew; Python is used in place.
-$(READY): scripts/setup.sh pyproject.toml $(shell find kernels buildtools -type f -not -name '*.pyc')
+$(READY): scripts/setup.sh $(wildcard scripts/*.txt) pyproject.toml $(shell find kernels buildtools -type f -not -name '*.pyc')
 	scripts/setup.sh
 	touch $@

@@ -16,6 +16,7 @@ REQUIRED = [
     r"flashmla_backend/_native\.[^/]+\.so",
     r"flashmla_backend/integration/__init__\.py",
     r"flashmla_backend/integration/vllm/__init__\.py",
+    r"flashmla_backend/integration/sglang/__init__\.py",
     DIST_INFO + r"METADATA",
     DIST_INFO + r"RECORD",
     DIST_INFO + r"WHEEL",

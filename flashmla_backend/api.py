@@ -14,7 +14,7 @@ from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, 
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, describe
-from flashmla_backend.schedule import max_splits, num_parts, row_tiles_of
+from flashmla_backend.schedule import max_items, max_splits, num_parts, row_tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +81,10 @@ def plan_decode(
         page_size: tokens per page of the cache: 16, 32, 64, 128 or 256; the Hopper kernels take 64, 128 and 256.
         causal: mask bottom-right: query i sees tokens up to len - s_q + i.
         num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
-        reuse: an earlier plan of the same shapes, whose buffers then hold the new schedule; the earlier plan is of no
-            use any more. Layers captured in a CUDA graph with that plan read the new schedule when replayed; they
-            also read `seq_lens` and `block_table` where these lay at capture, so keep both in persistent tensors.
-            The call itself may be captured too.
+        reuse: an earlier plan of the same shapes, made for at least as many requests, whose buffers then hold the new
+            schedule; it can be reused again, and is of no other use any more. Layers captured in a CUDA graph with
+            that plan read the new schedule when replayed; they also read `seq_lens` and `block_table` where these
+            lay at capture, so keep both in persistent tensors. The call itself may be captured too.
         workspace: fp32 vector of at least `workspace_size(...)` elements on the same device for the partial results;
             by default one is allocated. Plans may share it if their layers run one after another, on one stream.
 
@@ -123,10 +123,13 @@ def plan_decode(
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
-    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, reuse.items, reuse.part_offsets, reuse.split_offsets)
-    if reuse.seq_lens is seq_lens and reuse.block_table is block_table:
-        return reuse
-    return replace(reuse, seq_lens=seq_lens, block_table=block_table)
+    plan = reuse
+    if reuse.seq_lens is not seq_lens or reuse.block_table is not block_table:
+        batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
+        items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
+        plan = replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
+    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
+    return plan
 
 
 def workspace_size(device: torch.device, *, s_q: int, h_q: int, h_kv: int = 1, num_sms: int | None = None) -> int:
@@ -162,13 +165,13 @@ def check_reusable(
     reuse: DecodePlan, seq_lens: torch.Tensor, row_tiles: int, num_sms: int, shape: dict[str, Any]
 ) -> None:
     parts = reuse.part_offsets.shape[0] - 1
-    made_for = [reuse.batch, parts, reuse.items.device, *(getattr(reuse, name) for name in shape)]
-    wanted = [seq_lens.shape[0], num_parts(num_sms, row_tiles), seq_lens.device, *shape.values()]
-    if made_for != wanted:
-        names = ("batch", "parts", "device", *shape)
+    made_for = [parts, reuse.items.device, *(getattr(reuse, name) for name in shape)]
+    wanted = [num_parts(num_sms, row_tiles), seq_lens.device, *shape.values()]
+    if made_for != wanted or reuse.batch < seq_lens.shape[0]:
+        names = ("parts", "device", *shape)
         raise InvalidArgument(
-            f"reuse was made for {dict(zip(names, made_for, strict=True))}; accepted for this step: "
-            f"{dict(zip(names, wanted, strict=True))}"
+            f"reuse was made for {reuse.batch} requests, {dict(zip(names, made_for, strict=True))}; accepted for this "
+            f"step: {seq_lens.shape[0]} or more requests, {dict(zip(names, wanted, strict=True))}"
         )
 
 

@@ -52,14 +52,16 @@ def make_checkpoint(
     *,
     dtype: Dtype = "float32",
     seed: int = 0,
+    changes: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a checkpoint that Hugging Face transformers and vLLM load; a few tens of MB.
+    """Writes a checkpoint that Hugging Face transformers, vLLM and SGLang load; a few tens of MB.
 
     path: folder to make; may exist if it is empty. It appears at once, complete.
     architecture: "v2-moe" and "v2-dense" (DeepseekV2ForCausalLM), "v3-moe" (DeepseekV3ForCausalLM, yarn rope), and
         "v3-mtp", the same weights and a layer more for multi-token prediction.
-    Equal (architecture, dtype, seed) give equal bytes. Returns the folder.
+    changes: values of config.json that differ from `model_config`'s, for models of other sizes.
+    Equal (architecture, dtype, seed, changes) give equal bytes. Returns the folder.
     Raises InvalidArgument for an unknown architecture or dtype, a negative seed or a folder that is not empty.
     """
     _one_of("architecture", architecture, get_args(Architecture))
@@ -73,7 +75,7 @@ def make_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write(staging, architecture, dtype, seed, progress)
+        _write(staging, model_config(architecture, dtype) | (changes or {}), seed, progress)
         staging.chmod(0o755)  # mkdtemp's 0700 would keep other users of a shared cache out
         staging.replace(target)
     finally:
@@ -255,11 +257,11 @@ def _weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return weight
 
 
-def _write(folder: Path, architecture: Architecture, dtype: Dtype, seed: int, progress: Progress | None) -> None:
+def _write(folder: Path, config: dict[str, Any], seed: int, progress: Progress | None) -> None:
     import torch
     from safetensors.torch import save_file
 
-    config = model_config(architecture, dtype)
+    dtype = getattr(torch, config["dtype"])
     shapes = dict(_weight_shapes(config))
     weights: dict[str, torch.Tensor] = {}
     made, total = 0, sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -267,7 +269,7 @@ def _write(folder: Path, architecture: Architecture, dtype: Dtype, seed: int, pr
         weight = _weight(name, shape, seed)
         # DeepSeek keeps the routing bias in fp32 whatever the checkpoint's dtype.
         keep_fp32 = name.endswith("e_score_correction_bias")
-        weights[name] = weight if keep_fp32 else weight.to(getattr(torch, dtype))
+        weights[name] = weight if keep_fp32 else weight.to(dtype)
         made += weight.numel()
         if progress is not None:
             progress(made, total)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,9 +18,12 @@ from typer.core import TyperCommand
 from .bench.cli import app as bench
 from .errors import FlashMLAError
 
+if TYPE_CHECKING:
+    from .serve import Server
+
 app = typer.Typer(
     name="flashmla",
-    help="MLA decode for DeepSeek-V2/V3-class models, as a backend of vLLM.",
+    help="MLA decode for DeepSeek-V2/V3-class models, as a backend of vLLM and SGLang.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -28,12 +32,17 @@ out, err = Console(), Console(stderr=True)
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
 
 
-class WithVllmArguments(TyperCommand):
-    """Keeps what follows `--` apart, so that it goes to vLLM and its first word is not taken for MODEL."""
+class Engine(str, Enum):
+    vllm = "vllm"
+    sglang = "sglang"
+
+
+class WithEngineArguments(TyperCommand):
+    """Keeps what follows `--` apart, so that it goes to the engine and its first word is not taken for MODEL."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         cut = args.index("--") if "--" in args else len(args)
-        ctx.meta["vllm_arguments"] = args[cut + 1 :]
+        ctx.meta["engine_arguments"] = args[cut + 1 :]
         return super().parse_args(ctx, args[:cut])
 
 
@@ -60,7 +69,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
     """
     from .doctor import examine
 
-    with err.status("Asking vLLM which backend it would use"):
+    with err.status("Asking which backend would serve"):
         report = examine()
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
@@ -76,13 +85,13 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
     raise typer.Exit(0 if report.will_serve else 1)
 
 
-@app.command(cls=WithVllmArguments, epilog="Everything after -- goes to vLLM as it is.")
+@app.command(cls=WithEngineArguments, epilog="Everything after -- goes to the engine as it is.")
 def serve(
     ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL] [-- VLLM_ARGUMENTS...]",
+            metavar="[MODEL] [-- ENGINE_ARGUMENTS...]",
             help="Folder or name of a model with MLA. Without it: the embedded default.",
         ),
     ] = None,
@@ -92,29 +101,55 @@ def serve(
         str | None,
         typer.Option(help="Name that requests give for the model. Default: MODEL as given, or flashmla-default."),
     ] = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="Default: vllm, or sglang where only that is installed.", show_default=False)
+    ] = None,
 ) -> None:
-    """Start vLLM's OpenAI-compatible server with --attention-backend flashmla.
+    """Start an engine's OpenAI-compatible server with --attention-backend flashmla.
 
     Without MODEL it serves the embedded default: a small DeepSeek-V2 mixture of experts with random weights, made on
     first use. It shows the whole path at work, and talks nonsense.
     """
     from . import serve as serving
 
-    arguments = ctx.meta["vllm_arguments"]
+    arguments = ctx.meta["engine_arguments"]
     try:
-        serving.check_vllm()
         serving.check_port(host, port)
-        if model is None:
-            chosen = [*serving.DEFAULT_MODEL_ARGUMENTS, *arguments]
-            gib = serving.DEFAULT_MODEL_KV_CACHE_GIB
-            folder = str(_default_checkpoint())
-            server = serving.Server(folder, name or serving.DEFAULT_NAME, host, port, chosen, gib)
-        else:
-            server = serving.Server(model, name or model, host, port, arguments)
+        make_server = _sglang_server if (engine or _installed_engine()) is Engine.sglang else _vllm_server
+        server = make_server(model, name, host, port, arguments)
     except FlashMLAError as refusal:
         err.print(f"[red]flashmla serve:[/] {escape(str(refusal))}", soft_wrap=True)
         raise typer.Exit(2) from None
     raise typer.Exit(serving.run(server, say=_say))
+
+
+def _installed_engine() -> Engine:
+    from . import doctor, sglang_engine
+
+    only_sglang = doctor.vllm_distribution() is None and sglang_engine.distribution() is not None
+    return Engine.sglang if only_sglang else Engine.vllm
+
+
+def _vllm_server(model: str | None, name: str | None, host: str, port: int, arguments: list[str]) -> Server:
+    from . import serve as serving
+
+    serving.check_vllm()
+    if model is not None:
+        return serving.Server(model, name or model, host, port, arguments)
+    chosen = [*serving.DEFAULT_MODEL_ARGUMENTS, *arguments]
+    gib = serving.DEFAULT_MODEL_KV_CACHE_GIB
+    return serving.Server(str(_default_checkpoint()), name or serving.DEFAULT_NAME, host, port, chosen, gib)
+
+
+def _sglang_server(model: str | None, name: str | None, host: str, port: int, arguments: list[str]) -> Server:
+    from . import serve as serving
+    from . import sglang_engine
+
+    sglang_engine.check_installed()
+    if model is not None:
+        return sglang_engine.SglangServer(model, name or model, host, port, arguments)
+    chosen = [*sglang_engine.default_model_arguments(), *arguments]
+    return sglang_engine.SglangServer(str(_default_checkpoint()), name or serving.DEFAULT_NAME, host, port, chosen)
 
 
 def _say(message: str) -> None:

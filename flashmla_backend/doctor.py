@@ -1,7 +1,7 @@
 """What this machine has, what will serve `--attention-backend flashmla` on it, and what is missing.
 
-Versions are read without importing vLLM. Who serves is then asked of vLLM itself, in a process of its own: the
-answer is the one its server will reach.
+Versions are read without importing an engine. Who serves is then asked of the engine itself, in a process of its own:
+the answer is the one its server will reach. This file asks vLLM, sglang_engine.py SGLang.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from . import native
 from .errors import Unsupported
+from .integration.claim import DISABLE_VARIABLE, disabled
 
 Verdict = Literal["ok", "note", "missing"]
 
@@ -87,13 +88,29 @@ def vllm_runs_on_cpu() -> bool:
     return found is not None and "cpu" in "".join(found)
 
 
+def engine_runs_on_cpu() -> bool:
+    """Whether an engine is installed that needs no GPU."""
+    from . import sglang_engine
+
+    return vllm_runs_on_cpu() or sglang_engine.runs_on_cpu()
+
+
 def examine() -> Report:
-    """Looks at everything serving needs. Takes as long as importing vLLM does, a few seconds."""
-    findings = [_cpu(), _gpu(), *_torch(), _vllm(), _native_module(), _entry_points()]
+    """Looks at everything serving needs. Takes as long as importing the installed engines does, a few seconds each."""
+    from . import sglang_engine
+
+    with_vllm, with_sglang = vllm_distribution() is not None, sglang_engine.distribution() is not None
+    findings = [_cpu(), _gpu(), *_torch()]
+    if with_vllm or not with_sglang:
+        findings.append(_vllm())
+    findings.append(_native_module())
     decode_path = None
-    if vllm_distribution() is not None:
+    if with_sglang:
+        of_sglang, decode_path = sglang_engine.findings()
+        findings += of_sglang
+    if with_vllm:
         served_by, decode_path = _who_serves()
-        findings.append(served_by)
+        findings += [_entry_points(), served_by]
     return Report(findings, decode_path)
 
 
@@ -104,7 +121,7 @@ def _cpu() -> Finding:
 
 
 def _gpu() -> Finding:
-    engine_on_cpu = vllm_runs_on_cpu()
+    engine_on_cpu = engine_runs_on_cpu()
     if not native.available():
         seen = "NVIDIA driver present, not read without the native module"
         found = seen if os.path.exists("/proc/driver/nvidia/version") else "no NVIDIA driver"
@@ -136,8 +153,10 @@ def _torch() -> list[Finding]:
     except metadata.PackageNotFoundError:
         return [Finding("torch", "not installed", "missing", INSTALL_VLLM_CPU)]
     findings = [Finding("torch", version, "ok")]
-    # Their compiled parts match one build of torch only, and vLLM imports them where it finds them.
-    misfits = [name for name in TORCH_COMPANIONS if version.endswith("+cpu") and _is_gpu_build(name)]
+    # Their compiled parts match one build of torch only. vLLM imports them where it finds them; SGLang needs one of
+    # them, and does without its compiled part.
+    suspects = TORCH_COMPANIONS if version.endswith("+cpu") and vllm_distribution() is not None else ()
+    misfits = [name for name in suspects if _is_gpu_build(name)]
     if misfits:
         found = f"{', '.join(misfits)} for another build of torch"
         findings.append(Finding("torch companions", found, "missing", f"pip uninstall {' '.join(misfits)}"))
@@ -156,7 +175,10 @@ def _vllm() -> Finding:
 
     found = vllm_distribution()
     if found is None:
-        return Finding("vLLM", "not installed", "missing", f"{INSTALL_VLLM_GPU}; on a CPU: {INSTALL_VLLM_CPU}")
+        from .sglang_engine import INSTALL as INSTALL_SGLANG
+
+        remedy = f"{INSTALL_VLLM_GPU}; on a CPU: {INSTALL_VLLM_CPU}; or SGLang: {INSTALL_SGLANG}"
+        return Finding("vLLM", "not installed", "missing", remedy)
     name, version = found
     try:
         oldest = compat.OLDEST_ON_CPU if vllm_runs_on_cpu() else compat.OLDEST
@@ -167,7 +189,7 @@ def _vllm() -> Finding:
 
 
 def _native_module() -> Finding:
-    needed: Verdict = "note" if vllm_runs_on_cpu() else "missing"
+    needed: Verdict = "note" if engine_runs_on_cpu() else "missing"
     if not native.available():
         remedy = "" if needed == "note" else REINSTALL
         return Finding("native module", f"not loaded: {native.unavailable_reason()}", needed, remedy)
@@ -198,12 +220,20 @@ def _who_serves() -> tuple[Finding, str | None]:
         return Finding(subject, f"vLLM does not start: {last}", "missing", "repair the vLLM installation"), None
     backend, engine_platform = answer.groups()
     if not backend.startswith("flashmla_backend."):
-        reasons = re.findall(r"flashmla_backend: (.*)", asked.stdout + asked.stderr)
-        why = reasons[-1] if reasons else "no plugin of ours was loaded"
-        disabled = os.environ.get("FLASHMLA_BACKEND_DISABLE", "") not in ("", "0")
-        remedy = "unset FLASHMLA_BACKEND_DISABLE" if disabled else "check VLLM_PLUGINS, and the lines above"
-        return Finding(subject, f"{backend}: {why}", "missing", remedy), None
+        log = asked.stdout + asked.stderr
+        return served_by_others(subject, backend, log, plugins="VLLM_PLUGINS"), None
     from .dispatch import NAMES  # brings torch
 
     path = NAMES["cpu" if vllm_runs_on_cpu() else "sm90"]
     return Finding(subject, f"flashmla_backend, {path}, on {engine_platform}", "ok"), path
+
+
+def served_by_others(subject: str, backend: str, log: str, *, plugins: str) -> Finding:
+    """The finding that an engine serves flashmla itself, with the reason that its log gives.
+
+    plugins: the environment variable that lists the plugins which the engine may load.
+    """
+    reasons = re.findall(r"flashmla_backend: (.*)", log)
+    why = reasons[-1] if reasons else "no plugin of ours was loaded"
+    remedy = f"unset {DISABLE_VARIABLE}" if disabled() else f"check {plugins}, and the lines above"
+    return Finding(subject, f"{backend}: {why}", "missing", remedy)

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with our backend, in a child process that is watched until it ends."""
+"""An engine's OpenAI-compatible server with our backend, in a child process that is watched until it ends."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import ClassVar
 
 from . import doctor
 from .errors import InvalidArgument, Unsupported
@@ -33,9 +34,11 @@ LAST_LINES = 20
 
 @dataclass(frozen=True)
 class Server:
-    """What to start and where it will answer."""
+    """What to start and where it will answer: vLLM's server; for SGLang's see sglang_engine.py."""
 
-    model: str  # a folder or a name that vLLM resolves
+    engine: ClassVar[str] = "vLLM"
+
+    model: str  # a folder or a name that the engine resolves
     name: str  # as requests call it
     host: str = "127.0.0.1"
     port: int = 8000
@@ -111,7 +114,7 @@ def run(server: Server, say: Callable[[str], None]) -> int:
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches the server once, through us, and not twice
     ) as child:
-        log = _Log()
+        log = _Log(f"{server.engine} chose another attention backend than ours: `flashmla doctor` says why")
         copying = threading.Thread(target=log.copy, args=(child,), daemon=True)
         copying.start()
         with _forwarded_signals(child) as stopped_by:
@@ -143,8 +146,8 @@ def _wait_until_healthy(server: Server, child: subprocess.Popen[str]) -> bool:
 class _Log:
     """The server's output: passed on, its last lines kept, and in it the line that says who serves."""
 
+    who_serves: str
     last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
-    who_serves: str = "vLLM chose another attention backend than ours: `flashmla doctor` says why"
 
     def copy(self, child: subprocess.Popen[str]) -> None:
         assert child.stdout is not None

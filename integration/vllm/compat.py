@@ -12,7 +12,7 @@ Differences between 0.26 and 0.33, and the one place that absorbs each:
 
 from __future__ import annotations
 
-from flashmla_backend.errors import Unsupported
+from .. import claim
 
 OLDEST = (0, 26)
 OLDEST_ON_CPU = (0, 32)
@@ -21,19 +21,4 @@ NEWEST = (0, 33)
 
 def check_version(found: str, *, oldest: tuple[int, int] = OLDEST) -> None:
     """Raises Unsupported unless vLLM `found` (its `__version__`) lies in oldest .. NEWEST."""
-    from packaging.version import InvalidVersion, Version
-
-    accepted = f"{_dotted(oldest)} to {_dotted(NEWEST)}"
-    way_out = f"install one of those, or set FLASHMLA_BACKEND_DISABLE=1 to run vLLM {found} on its own"
-    try:
-        release = Version(found).release[:2]
-    except InvalidVersion:
-        raise Unsupported(
-            f"vLLM's version is {found!r}, which is no version number; vLLM {accepted} works: {way_out}"
-        ) from None
-    if not oldest <= release <= NEWEST:
-        raise Unsupported(f"vLLM {found} is not supported; vLLM {accepted} works: {way_out}")
-
-
-def _dotted(release: tuple[int, int]) -> str:
-    return ".".join(map(str, release))
+    claim.check_version("vLLM", found, oldest, NEWEST)

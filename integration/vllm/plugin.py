@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from flashmla_backend.errors import Unsupported
 
+from ..claim import DISABLE_VARIABLE, disabled
 from . import LOGGER_NAME, compat
 
 logger = logging.getLogger(LOGGER_NAME)
 
-DISABLE_VARIABLE = "FLASHMLA_BACKEND_DISABLE"
 PACKAGE = "flashmla_backend.integration.vllm"
 BACKEND_PATH = f"{PACKAGE}.backend.FlashMLABackend"
 
@@ -21,10 +20,6 @@ CPU_PLATFORMS = {
     "vllm.platforms.cpu.CpuPlatform": f"{PACKAGE}.platform.FlashMLACpuPlatform",
     "vllm.platforms.zen_cpu.ZenCpuPlatform": f"{PACKAGE}.platform.FlashMLAZenCpuPlatform",
 }
-
-
-def disabled() -> bool:
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
 
 
 def claim_flashmla() -> None:

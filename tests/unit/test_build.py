@@ -142,6 +142,7 @@ WHEEL = [
     "flashmla_backend/_native.cpython-312-x86_64-linux-gnu.so",
     "flashmla_backend/integration/__init__.py",
     "flashmla_backend/integration/vllm/__init__.py",
+    "flashmla_backend/integration/sglang/__init__.py",
     "flashmla_backend/integration/vllm/impl.py",
     "flashmla_backend/py.typed",
     "flashmla_backend-0.1.0.dist-info/METADATA",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flashmla_backend import doctor, serve
+from flashmla_backend import doctor, serve, sglang_engine
 from flashmla_backend.cli import app
 from flashmla_backend.errors import InvalidArgument, Unsupported
 
@@ -35,9 +35,13 @@ def flashmla(
     )
 
 
-def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch, **distributions: str) -> None:
+    """torch for CPUs, these, and everything else but engines, at 1.0."""
+
     def version(name: str) -> str:
-        if name.startswith("vllm"):
+        if name in distributions:
+            return distributions[name]
+        if name.startswith("vllm") or name == "sglang":
             raise PackageNotFoundError(name)
         return "2.13.0+cpu" if name == "torch" else "1.0"
 
@@ -49,7 +53,10 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--help"], ["doctor", "serve", "--version"]),
         (["doctor", "--help"], ["--json", "Exit code 0"]),
-        (["serve", "--help"], ["[MODEL]", "[-- VLLM_ARGUMENTS...]", "--host", "--port", "--name", "embedded default"]),
+        (
+            ["serve", "--help"],
+            ["[MODEL]", "[-- ENGINE_ARGUMENTS...]", "--engine", "--host", "--port", "--name", "embedded default"],
+        ),
     ],
 )
 def test_help_tells_everything(arguments: list[str], words: list[str]) -> None:
@@ -102,11 +109,12 @@ def test_doctor_says_who_serves_instead(environment: dict[str, str], found: str,
 
 
 def test_doctor_says_how_to_get_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_vllm(monkeypatch)
+    installed(monkeypatch)
     report = doctor.examine()
     (vllm,) = [finding for finding in report.findings if finding.subject == "vLLM"]
     assert not report.will_serve
     assert vllm.verdict == "missing" and "pip install" in vllm.remedy and "make setup" in vllm.remedy
+    assert "make setup ENGINE=sglang" in vllm.remedy
 
 
 @pytest.mark.parametrize(
@@ -130,10 +138,26 @@ def test_doctor_judges_vllm_versions(
 
 
 def test_doctor_finds_torch_companions_of_another_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_vllm(monkeypatch)  # every other distribution, torchvision among them, is now at 1.0
+    installed(monkeypatch, vllm="0.32.0+cpu")  # every other distribution, torchvision among them, is now at 1.0
     _, companions = doctor._torch()
     assert companions.verdict == "missing"
     assert companions.remedy == "pip uninstall torchvision torchaudio torchcodec"
+
+
+def test_sglang_does_with_torch_companions_of_another_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, sglang="0.5.23")
+    (torch,) = doctor._torch()
+    assert torch.verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("0.5.15", "ok"), ("0.5.23.post1", "ok"), ("0.5.14", "missing"), ("0.5.24", "missing")]
+)
+def test_doctor_judges_sglang_versions(monkeypatch: pytest.MonkeyPatch, version: str, verdict: str) -> None:
+    installed(monkeypatch, sglang=version)
+    finding = sglang_engine._version()
+    assert finding.verdict == verdict
+    assert version in finding.found
 
 
 # serve
@@ -163,13 +187,45 @@ def test_without_a_model_the_embedded_default_is_served(monkeypatch: pytest.Monk
 
 
 def test_a_model_and_vllm_arguments_are_passed_on_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = serve_command(monkeypatch, "some/model", "--name", "mine", "--", "--port-like", "--", "-x")
+    server = serve_command(
+        monkeypatch, "some/model", "--engine", "vllm", "--name", "mine", "--", "--port-like", "--", "-x"
+    )
     command = server.command()
     assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
     assert command[command.index("--model") + 1] == "some/model"
     assert command[command.index("--served-model-name") + 1] == "mine"
     assert command[command.index("--attention-backend") + 1] == "flashmla"
     assert command[-3:] == ["--port-like", "--", "-x"]
+
+
+def test_the_default_engine_is_the_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, sglang="0.5.23")
+    assert serve_command(monkeypatch, "some/model").engine == "SGLang"
+    installed(monkeypatch, sglang="0.5.23", vllm="0.33.0")
+    assert serve_command(monkeypatch, "some/model").engine == "vLLM"
+    assert serve_command(monkeypatch, "some/model", "--engine", "sglang").engine == "SGLang"
+
+
+@pytest.mark.parametrize("torch", ["2.13.0+cpu", "2.13.0"])
+def test_sglangs_server_and_its_arguments(monkeypatch: pytest.MonkeyPatch, torch: str) -> None:
+    installed(monkeypatch, sglang="0.5.23", torch=torch)
+    server = serve_command(monkeypatch, "some/model", "--engine", "sglang", "--name", "mine", "--", "--tp-size", "8")
+    command = server.command()
+    assert command[command.index("--model-path") + 1] == "some/model"
+    assert command[command.index("--served-model-name") + 1] == "mine"
+    assert command[command.index("--attention-backend") + 1] == "flashmla"
+    assert ("cpu" in command) == torch.endswith("+cpu")
+    assert command[-2:] == ["--tp-size", "8"]
+    assert not [word for word in command if "vllm" in word]
+
+
+def test_sglang_serves_the_embedded_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLASHMLA_BACKEND_CACHE", str(tmp_path))
+    installed(monkeypatch, sglang="0.5.23")
+    server = serve_command(monkeypatch, "--engine", "sglang", "--", "--max-total-tokens", "9")
+    assert Path(server.model).parent == tmp_path
+    assert json.loads(server.arguments[server.arguments.index("--json-model-override-args") + 1])["rope_scaling"]
+    assert server.arguments[-2:] == ["--max-total-tokens", "9"], "the user's come last, so that they win"
 
 
 def test_the_kv_cache_on_a_cpu_is_bounded_unless_the_user_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +265,10 @@ def test_a_port_in_use_is_said_before_anything_starts() -> None:
     serve.check_port("127.0.0.1", port)
 
 
-def test_serve_without_vllm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_vllm(monkeypatch)
+def test_serve_without_an_engine_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    with pytest.raises(Unsupported, match=r"SGLang is not installed: .*; on a CPU: make setup ENGINE=sglang"):
+        sglang_engine.check_installed()
     with pytest.raises(Unsupported, match=r"vLLM is not installed: pip install .*; on a CPU: make setup"):
         serve.check_vllm()
 

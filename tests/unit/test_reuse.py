@@ -41,8 +41,29 @@ def test_other_shapes_are_refused(changes: dict, message: str) -> None:
     plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE)
     with pytest.raises(InvalidArgument, match=f"reuse was made for .*{message}"):
         flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **(SHAPE | changes), reuse=plan)
-    with pytest.raises(InvalidArgument, match=r"reuse was made for .*'batch': 3"):
-        flashmla_backend.plan_decode(problem.seq_lens[:2], problem.block_table[:2], **SHAPE, reuse=plan)
+
+
+def test_a_larger_batch_is_refused() -> None:
+    problem = make_problem([1000, 3, 0], h_q=8)
+    plan = flashmla_backend.plan_decode(problem.seq_lens[:2], problem.block_table[:2], **SHAPE)
+    with pytest.raises(InvalidArgument, match=r"reuse was made for 2 requests.*accepted for this step: 3 or more"):
+        flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE, reuse=plan)
+
+
+def test_smaller_batches_share_the_buffers_of_the_largest() -> None:
+    largest = make_problem([70] * 40, h_q=8)
+    plan = flashmla_backend.plan_decode(largest.seq_lens, largest.block_table, **SHAPE)
+    for lengths in ([3000, 1], [5], [64] * 39, [70] * 40):
+        problem = make_problem(lengths, h_q=8)
+        reused = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE, reuse=plan)
+        fresh = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **SHAPE)
+        for name in ("items", "part_offsets", "split_offsets"):
+            assert getattr(reused, name).data_ptr() == getattr(plan, name).data_ptr()
+            assert torch.equal(getattr(reused, name), getattr(fresh, name))
+        assert str(reused) == str(fresh)
+        out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, reused, softmax_scale=0.05)
+        tensors = problem.q, problem.kv_cache, problem.block_table, problem.seq_lens
+        check_close(out, lse, *reference.mla_decode(*tensors, softmax_scale=0.05))
 
 
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ from flashmla_backend import native
 from flashmla_backend.checkpoint import Architecture
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.vllm import compat, cpu_platform, plugin, register
+from tests.greedy import Reference
 
-from .conftest import EngineRun, Reference
+from .conftest import EngineRun
 
 FLASHMLA = AttentionBackendEnum.FLASHMLA
 THEIRS = "other.package.TheirBackend"

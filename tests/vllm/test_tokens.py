@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from flashmla_backend.checkpoint import Architecture
+from tests.greedy import SHARED, Reference
 
-from .conftest import SHARED, EngineRun, Reference
+from .conftest import EngineRun
 
 OURS = "flashmla_backend.integration.vllm.impl.FlashMLAImpl"
 LAYERS = 4

@@ -1,0 +1,158 @@
+"""SGLang's attention backend: decode, verification and draft extension are ours, prompts are SGLang's."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from flashmla_backend import DecodePlan, mla_decode
+from flashmla_backend.dispatch import NAMES, path_of
+from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.schedule import TILE_TOKENS
+from flashmla_backend.selfcheck import check_decode
+
+from . import LOGGER_NAME, compat
+from .prefill import PrefillBackend
+from .refusals import check_runner
+from .steps import StepBuffers
+
+logger = logging.getLogger(LOGGER_NAME)
+
+
+class FlashMLABackend(PrefillBackend):
+    """SGLang's `flashmla`, served by flashmla_backend.
+
+    Args:
+        model_runner: SGLang's, with its pools allocated.
+        skip_prefill: no prompts come here (draft workers).
+        added: tokens that the cache holds beyond `seq_lens` when a decode step attends: i + 1 at draft step i.
+
+    Raises:
+        Unsupported: the model, its cache or the way it is served is none that our decode has; the message names the
+            flag that helps.
+    """
+
+    def __init__(self, model_runner: Any, skip_prefill: bool = False, *, added: int = 0) -> None:
+        check_runner(model_runner)
+        super().__init__(model_runner, skip_prefill)
+        self.req_to_token = model_runner.req_to_token_pool.req_to_token
+        self.max_context_len = model_runner.model_config.context_len
+        self.h_q = compat.query_heads(model_runner)
+        self.added = added
+        self._eager: StepBuffers | None = None
+        self._captured: StepBuffers | None = None
+        check_decode(self.req_to_token.device, model_runner.dtype, self.h_q)
+        logger.info(
+            "flashmla_backend %s serves MLA decode: %s, %d-token pages",
+            version("flashmla_backend"),
+            NAMES[path_of(self.req_to_token.device)],
+            TILE_TOKENS,
+        )
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        if is_prompt(forward_batch.forward_mode):
+            super().init_forward_metadata(forward_batch)
+        elif forward_batch.batch_size:
+            if self._eager is None or self._eager.rows < forward_batch.batch_size:
+                power_of_two = 1 << (forward_batch.batch_size - 1).bit_length()  # so that they rarely grow
+                self._eager = StepBuffers(self.req_to_token, power_of_two, self.h_q)
+            self.forward_metadata = self._plan(self._eager, forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        # Graphs keep the addresses they were captured with: these buffers are never replaced by larger ones.
+        if self._captured is None:
+            self._captured = StepBuffers(self.req_to_token, max_bs, self.h_q)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if is_prompt(forward_batch.forward_mode):
+            super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        elif in_capture:
+            self._graph_buffers(forward_batch).reserve(query_tokens(forward_batch))
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        if is_prompt(forward_batch.forward_mode):
+            super().init_forward_metadata_in_graph(forward_batch)
+        else:
+            self.forward_metadata = self._plan(self._graph_buffers(forward_batch), forward_batch)
+
+    def draft_extend_metadata_captured_in_graph(self) -> bool:
+        return True
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def get_verify_buffers_to_fill_after_draft(self) -> list[None]:
+        """A chain of drafts needs no mask."""
+        return [None, None]
+
+    @property
+    def verify_mask(self) -> None:
+        return None
+
+    def forward_decode(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> torch.Tensor:
+        """Attention of the new tokens over the latent cache.
+
+        q: [T, H_q * 576]; k: [T, 1, 576] to be written first, or None if it is in the cache already.
+        Returns [T, H_q * 512] in q's dtype.
+        """
+        if save_kv_cache and k is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+        plan: DecodePlan = self.forward_metadata
+        cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)  # [slots, 1, 576]
+        tiles = cache.shape[0] // TILE_TOKENS
+        planned = plan.batch * plan.s_q
+        out, _ = mla_decode(
+            q.view(-1, plan.h_q, D_QK)[:planned].unflatten(0, (plan.batch, plan.s_q)),
+            cache[: tiles * TILE_TOKENS].view(tiles, TILE_TOKENS, 1, D_QK),
+            plan,
+            softmax_scale=layer.scaling,
+        )
+        out = out.view(planned, plan.h_q * D_V)
+        if planned == q.shape[0]:
+            return out
+        # Rows that other ranks made SGLang add after the step was planned: nobody reads them.
+        return torch.cat([out, out.new_zeros(q.shape[0] - planned, out.shape[1])])
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **of_prompts: Any,
+    ) -> torch.Tensor:
+        if is_prompt(forward_batch.forward_mode):
+            out: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **of_prompts)
+            return out
+        return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+
+    def _plan(self, buffers: StepBuffers, forward_batch: Any) -> DecodePlan:
+        batch, s_q = forward_batch.batch_size, query_tokens(forward_batch)
+        # A batch to verify does not count its drafts yet; one that extends the draft's cache does.
+        added = s_q if forward_batch.forward_mode.is_target_verify() else self.added
+        return buffers.plan(forward_batch.req_pool_indices[:batch], forward_batch.seq_lens[:batch], added, s_q)
+
+    def _graph_buffers(self, forward_batch: Any) -> StepBuffers:
+        assert self._captured is not None and forward_batch.batch_size <= self._captured.rows
+        return self._captured
+
+
+def is_prompt(mode: Any) -> bool:
+    """Whether a forward mode is SGLang's to serve: prompts, alone or mixed with decoding requests."""
+    return not (mode.is_decode_or_idle() or mode.is_target_verify() or mode.is_draft_extend_v2())
+
+
+def query_tokens(forward_batch: Any) -> int:
+    """Query tokens per request, the same for all: 1, or the length of the chain of drafts."""
+    if forward_batch.forward_mode.is_decode_or_idle():
+        return 1
+    tokens: int = forward_batch.input_ids.shape[0]
+    return tokens // forward_batch.batch_size

@@ -1,0 +1,104 @@
+"""Which SGLang we serve, and how its releases differ where our classes touch them.
+
+Differences between 0.5.15 and 0.5.23, and the one place that absorbs each:
+
+    `get_spec()` comes with 0.5.17                        speculation(), else from the server's arguments
+    `attn_dcp_size` comes with 0.5.17                     dcp_size(), else from the layers' function
+    verify masks are asked for as buffers in 0.5.15-16    FlashMLABackend.get_verify_buffers_to_fill_after_draft
+    the draft-extend backend of flashmla comes in 0.5.16  both it and the plain backend take draft-extend batches
+    prefill is dispatched by name in all of them          plugin.claim_flashmla registers prefill.dispatch
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from flashmla_backend.errors import Unsupported
+
+from .. import claim
+
+OLDEST = (0, 5, 15)
+NEWEST = (0, 5, 23)
+
+_ATTENTION = "sglang.srt.layers.attention"
+DRAFT_MODULE = f"{_ATTENTION}.flashmla_backend"  # where draft workers import their classes from, whoever serves
+
+# What we call or override, and the parameters that we rely on.
+USED: dict[str, dict[str, tuple[str, ...]]] = {
+    f"{_ATTENTION}.attention_registry": {"ATTENTION_BACKENDS": (), "create_flashmla_backend": ("runner",)},
+    "sglang.srt.models.deepseek_common.attention_backend_handler": {
+        "AttentionBackendRegistry.register": ("backend_name", "handler_func"),
+        "handle_attention_triton": ("attn", "forward_batch"),
+    },
+    "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods": {"AttnForwardMethod.MLA": ()},
+    f"{_ATTENTION}.base_attn_backend": {
+        "AttentionBackend.init_forward_metadata": ("forward_batch",),
+        "AttentionBackend.init_forward_metadata_out_graph": ("forward_batch", "in_capture"),
+        "AttentionBackend.init_forward_metadata_in_graph": ("forward_batch",),
+        "AttentionBackend.init_cuda_graph_state": ("max_bs", "max_num_tokens"),
+        "AttentionBackend.get_cuda_graph_seq_len_fill_value": (),
+        "AttentionBackend.forward_decode": ("q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+        "AttentionBackend.forward_extend": ("q", "k", "v", "layer", "forward_batch", "save_kv_cache"),
+    },
+    f"{_ATTENTION}.triton_backend": {"TritonAttnBackend": ("model_runner", "skip_prefill")},
+    f"{_ATTENTION}.torch_native_backend": {"TorchNativeAttnBackend": ("model_runner",)},
+    "sglang.srt.mem_cache.memory_pool": {
+        "KVWriteLoc": ("loc",),
+        "MLATokenToKVPool.set_kv_buffer": ("layer", "loc_info", "cache_k", "cache_v"),
+        "MLATokenToKVPool.get_key_buffer": ("layer_id",),
+    },
+    "sglang.srt.runtime_context": {"get_parallel": ()},
+}
+
+
+def check_version(found: str) -> None:
+    """Raises Unsupported unless SGLang `found` (its `__version__`) lies in OLDEST .. NEWEST."""
+    claim.check_version("SGLang", found, OLDEST, NEWEST)
+
+
+def check_internals(found: str) -> None:
+    """Raises Unsupported if something in USED is not where, or not what, it is in the releases we know."""
+    for module, names in USED.items():
+        for name, parameters in names.items():
+            try:
+                value: Any = import_module(module)
+                for part in name.split("."):
+                    value = getattr(value, part)
+                missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else set()
+            except (ImportError, AttributeError, ValueError) as problem:
+                raise Unsupported(_moved(found, f"{module}.{name} is gone ({problem})")) from None
+            if missing:
+                raise Unsupported(_moved(found, f"{module}.{name} takes no {', '.join(sorted(missing))}"))
+
+
+def query_heads(model_runner: Any) -> int:
+    """Query heads of this rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    heads: int = model_runner.model_config.num_attention_heads
+    return heads // get_parallel().attn_tp_size
+
+
+def dcp_size() -> int:
+    """Ranks that share each request's cache (decode context parallelism); 1 without."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if hasattr(type(get_parallel()), "attn_dcp_size"):
+        return int(get_parallel().attn_dcp_size)
+    return int(import_module("sglang.srt.layers.dcp").get_attention_dcp_world_size())
+
+
+def speculation(model_runner: Any) -> Any:
+    """What has the attributes `speculative_algorithm`, `speculative_eagle_topk`, ..."""
+    context = import_module("sglang.srt.runtime_context")
+    return context.get_spec() if hasattr(context, "get_spec") else model_runner.server_args
+
+
+def _moved(found: str, what: str) -> str:
+    return (
+        f"SGLang {found} differs from what is known of it: {what}; install a release from "
+        f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} as it was published, or set "
+        f"{claim.DISABLE_VARIABLE}=1"
+    )

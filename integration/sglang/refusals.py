@@ -1,0 +1,62 @@
+"""What flashmla cannot serve is refused when SGLang makes the backend, by name and with the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashmla_backend.errors import Unsupported
+from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.schedule import TILE_TOKENS
+
+from . import compat
+
+FLAG = "--attention-backend flashmla"
+WITHOUT_FLAG = f"drop {FLAG} to let SGLang choose"
+
+
+def check_runner(model_runner: Any) -> None:
+    """Raises Unsupported unless our decode can serve this model runner."""
+    config = model_runner.model_config
+    if not model_runner.use_mla_backend:
+        raise Unsupported(
+            f"{FLAG} is for models with multi-head latent attention, and "
+            f"{', '.join(config.hf_config.architectures)} runs without it; {WITHOUT_FLAG}"
+        )
+    latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    if (latent, latent + rope) != (D_V, D_QK):
+        raise Unsupported(
+            f"the model has kv_lora_rank {latent} and qk_rope_head_dim {rope}; {FLAG} takes {D_V} and "
+            f"{D_QK - D_V}; {WITHOUT_FLAG}"
+        )
+    if model_runner.page_size % TILE_TOKENS:
+        raise Unsupported(
+            f"page_size is {model_runner.page_size}; {FLAG} reads tiles of {TILE_TOKENS} consecutive tokens, so it "
+            f"takes multiples of {TILE_TOKENS}; pass --page-size {TILE_TOKENS}"
+        )
+    if model_runner.kv_cache_dtype != model_runner.dtype:
+        raise Unsupported(
+            f"the KV cache is {_name(model_runner.kv_cache_dtype)}, the model {_name(model_runner.dtype)}; {FLAG} "
+            f"takes a cache of the model's dtype and no FP8 yet; pass --kv-cache-dtype auto, or {WITHOUT_FLAG}"
+        )
+    if compat.dcp_size() > 1:
+        raise Unsupported(f"dcp_size is {compat.dcp_size()}; {FLAG} takes --dcp-size 1, or {WITHOUT_FLAG}")
+    if getattr(model_runner.server_args, "enable_unified_memory", False):
+        raise Unsupported(
+            f"--enable-unified-memory makes cache slots virtual, and {FLAG} reads physical ones; drop one of the two"
+        )
+    speculation = compat.speculation(model_runner)
+    if speculation.speculative_algorithm == "NGRAM":
+        raise Unsupported(f"n-gram speculation verifies trees of drafts, {FLAG} takes chains; {WITHOUT_FLAG}")
+    check_topk(speculation.speculative_eagle_topk or 1)
+
+
+def check_topk(topk: int) -> None:
+    if topk > 1:
+        raise Unsupported(
+            f"speculative_eagle_topk is {topk}, which makes trees of drafts; {FLAG} takes chains: pass "
+            "--speculative-eagle-topk 1"
+        )
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,96 @@
+"""SGLang without a GPU, and its real engine in processes of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashmla_backend.checkpoint import Architecture, make_checkpoint
+from flashmla_backend.integration.sglang import LOGGER_NAME, cpu
+from tests.greedy import NEW_TOKENS, Reference, generate
+
+if importlib.util.find_spec("sglang") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    cpu.prepare()
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What engine_run.py answered, and what the engine logged."""
+
+    tokens: list[list[list[int]]]
+    cached: list[list[int]]
+    log: str
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return cache(lambda architecture: make_checkpoint(folder / architecture, architecture, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[Architecture], Path]) -> Callable[[Architecture], tuple[Reference, Reference]]:
+    """For an architecture: independent prompts, the last of them the prefix; then prompts that begin with it."""
+    return cache(lambda architecture: generate(checkpoint(architecture)))
+
+
+@pytest.fixture
+def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
+    """Starts SGLang once: run_engine(batches, environment=..., **arguments of sglang.Engine)."""
+
+    def run(batches: list[list[list[int]]], *, environment: dict[str, str] | None = None, **engine: Any) -> EngineRun:
+        request, answer = tmp_path / "request.json", tmp_path / "answer.json"
+        request.write_text(json.dumps({"engine": engine, "batches": batches, "new_tokens": NEW_TOKENS}))
+        script = Path(__file__).with_name("engine_run.py")
+        process = subprocess.run(
+            [sys.executable, str(script), str(request), str(answer)],
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": "1",
+                "TORCH_COMPILE_DISABLE": "1",
+                **(environment or {}),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=400,
+        )
+        assert answer.exists(), process.stdout[-8000:]
+        return EngineRun(**json.loads(answer.read_text()), log=process.stdout)
+
+    return run
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """flashmla is ours for the length of a test."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    from flashmla_backend.integration.sglang import register
+
+    before = dict(ATTENTION_BACKENDS)
+    register()
+    yield
+    ATTENTION_BACKENDS.clear()
+    ATTENTION_BACKENDS.update(before)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Our lines in SGLang's log."""
+    caplog.set_level(logging.INFO, LOGGER_NAME)
+    return caplog

@@ -1,0 +1,100 @@
+"""The speculation cases of SGLang's kit on a GPU, as a script: `python tests/sglang/kit_on_gpu.py [--out kit.json]`.
+
+Verification of chains and draft extension with the metadata of CUDA graphs, and SGLang's two draft runners with real
+graphs; prompts and decode are tests/sglang/test_kit.py's. Exit code 1 if a case fails or skips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.plugins import load_plugins
+from sglang.test.kits.attention_unittest.attention_methods.mla_attention import MLAAttentionCase
+from sglang.test.kits.attention_unittest.runner_modes import (
+    speculative_draft_extend_runner,
+    speculative_draft_runner,
+    speculative_target_verify_runner,
+)
+
+from flashmla_backend.integration.sglang import plugin
+
+DRAFTS = 4
+
+
+class NothingMaySkip:
+    @staticmethod
+    def skipTest(reason: str) -> NoReturn:  # the name is unittest's
+        raise RuntimeError(f"the kit skipped: {reason}")
+
+
+def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    shape: dict[str, Any] = {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "max_context_len": 1024,
+        "dtype": torch.bfloat16,
+        "device": device,
+    }
+    verify, draft = speculative_target_verify_runner, speculative_draft_runner
+    extend = speculative_draft_extend_runner
+    for heads in (16, 128):
+        for page_size in (64, 128):
+
+            def case(mode: ForwardMode, prefixes: tuple[int, ...], inputs: tuple[int, ...] = ()) -> Any:
+                name = f"{mode.name}, {heads} heads, pages of {page_size}"  # noqa: B023 - called in this iteration
+                return MLAAttentionCase(name, "flashmla", mode, heads, page_size, prefixes, inputs)  # noqa: B023
+
+            # With graphs the kit writes prefixes to unshuffled pages as well, over others' if there is more than one.
+            short_chains = case(ForwardMode.TARGET_VERIFY, (1, 30, 61, 63), (DRAFTS,) * 4)
+            chains = case(ForwardMode.TARGET_VERIFY, (1, 61, 64, 300), (DRAFTS,) * 4)
+            accepted = case(ForwardMode.DRAFT_EXTEND_V2, (61, 300), (DRAFTS,) * 2)
+            steps = case(ForwardMode.DECODE, (61, 300))
+            run = {
+                "verify": (verify.run_mla_eagle_verify_case, chains, {"topk": 1}),
+                "verify, graph": (verify.run_mla_eagle_verify_cuda_graph_case, short_chains, {"topk": 1}),
+                "draft extend, graph": (extend.run_mla_draft_extend_v2_cuda_graph_case, accepted, {}),
+                "draft extend runner": (extend.run_mla_eagle_draft_extend_v2_cuda_graph_runner_case, accepted, {}),
+                "draft runner": (draft.run_mla_eagle_draft_cuda_graph_runner_case, steps, {}),
+            }
+            for name, (function, made, more) in run.items():
+                yield (
+                    f"{name}, {heads} heads, pages of {page_size}",
+                    partial(function, NothingMaySkip, made, **more, **shape),
+                )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", default="sglang_kit.json")
+    asked = parser.parse_args()
+    load_plugins()
+    assert plugin.owns_flashmla(), "flashmla is not ours: see the log above"
+    rows = []
+    for name, run in cases(asked.device):
+        started, problem = time.time(), None
+        try:
+            run()
+        except Exception as error:
+            traceback.print_exc(limit=-3)
+            problem = " ".join(str(error).split())[:300] or repr(error)
+        rows.append({"case": name, "ok": problem is None, "problem": problem, "seconds": time.time() - started})
+        print(f"{'ok  ' if problem is None else 'FAIL'} {name} {problem or ''}", flush=True)
+    with open(asked.out, "w") as file:
+        json.dump(rows, file, indent=1)
+    failed = sum(not row["ok"] for row in rows)
+    print(f"{len(rows) - failed} of {len(rows)} cases passed in {sum(row['seconds'] for row in rows):.0f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

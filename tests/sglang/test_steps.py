@@ -1,0 +1,77 @@
+"""SGLang's token table becomes block tables, in buffers that stay where they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashmla_backend import plan_decode
+from flashmla_backend.errors import InvalidArgument
+from flashmla_backend.integration.sglang.steps import StepBuffers
+
+CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
+HEADS = 16
+
+
+def token_table(lengths: list[int], page_size: int) -> torch.Tensor:
+    """[requests, CONTEXT] int32 as SGLang fills it: shuffled pages, rubbish after a request's last token."""
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.randperm(100, generator=generator).tolist()
+    table = torch.full((len(lengths), CONTEXT), -7, dtype=torch.int32)
+    for request, length in enumerate(lengths):
+        for token in range(length):
+            if token % page_size == 0:
+                page = pages.pop()
+            table[request, token] = page * page_size + token % page_size
+    return table
+
+
+@pytest.mark.parametrize("page_size", [64, 128, 256])
+def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
+    lengths = [1, 63, 64, 65, 129, 300]
+    table = token_table(lengths, page_size)
+    requests = torch.tensor([5, 0, 3, 2])
+    lens = torch.tensor([lengths[r] for r in requests])
+    plan = StepBuffers(table, rows=8, h_q=HEADS).plan(requests, lens, added=0, s_q=1)
+    assert plan.seq_lens.tolist() == lens.tolist()
+    for row, request in enumerate(requests.tolist()):
+        tokens = torch.arange(lengths[request])
+        slots = plan.block_table[row, tokens // 64] * 64 + tokens % 64
+        assert slots.tolist() == table[request, : lengths[request]].tolist()
+
+
+def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
+    table = token_table([300, 200, 64], 64)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    first = buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
+    for requests, lens, added in (([2, 1, 0], [3, 190, 299], 1), ([1], [200], 0)):
+        plan = buffers.plan(torch.tensor(requests), torch.tensor(lens), added=added, s_q=1)
+        for name in ("seq_lens", "block_table", "items", "part_offsets", "split_offsets"):
+            assert getattr(plan, name).data_ptr() == getattr(first, name).data_ptr(), name
+        assert plan.seq_lens.tolist() == [length + added for length in lens]
+        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
+        assert str(plan) == str(fresh)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ((1, 70, 5), r"req_to_token\[0, 70\] is 5, its tile begins at slot"),
+        ((1, 0, 65), r"req_to_token\[0, 0\] is 65, .*--page-size 64"),
+    ],
+)
+def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int], message: str) -> None:
+    table = token_table([10, 100], 64)
+    request, token, slot = spoil
+    table[request, token] = slot
+    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    with pytest.raises(InvalidArgument, match=message):
+        buffers.plan(torch.tensor([request]), torch.tensor([100]), added=0, s_q=1)
+    buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32])
+def test_small_pages_are_noticed_where_they_are_shuffled(page_size: int) -> None:
+    buffers = StepBuffers(token_table([90], page_size), rows=4, h_q=HEADS)
+    with pytest.raises(InvalidArgument, match="tiles of 64 consecutive slots"):
+        buffers.plan(torch.tensor([0]), torch.tensor([90]), added=0, s_q=1)

@@ -1,0 +1,70 @@
+"""Greedy tokens of the real engine on our backend equal Hugging Face's, token for token, in fp32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from flashmla_backend.checkpoint import Architecture
+from flashmla_backend.sglang_engine import IDLE_YARN
+from tests.greedy import SHARED, Reference
+
+from .conftest import EngineRun
+
+MAX_LENGTH = 512
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    architecture: Architecture
+    chunked: bool
+    caching: bool
+
+    def __str__(self) -> str:
+        return f"{self.architecture} chunked={self.chunked} caching={self.caching}"
+
+
+CASES = [
+    Case("v2-moe", chunked=True, caching=True),
+    Case("v3-moe", chunked=False, caching=False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_equal_transformers(
+    case: Case,
+    checkpoint: Callable[[Architecture], Path],
+    reference: Callable[[Architecture], tuple[Reference, Reference]],
+    run_engine: Callable[..., EngineRun],
+) -> None:
+    alone, sharing = reference(case.architecture)
+    plain_rope = not case.architecture.startswith("v3")
+    run = run_engine(
+        [alone.prompts, sharing.prompts],
+        model_path=str(checkpoint(case.architecture)),
+        device="cpu",
+        dtype="float32",
+        attention_backend="flashmla",
+        json_model_override_args=json.dumps(IDLE_YARN if plain_rope else {}),
+        chunked_prefill_size=CHUNK if case.chunked else -1,
+        disable_radix_cache=not case.caching,
+        context_length=MAX_LENGTH,
+        max_running_requests=16,
+        max_total_tokens=16 * MAX_LENGTH,
+        mem_fraction_static=0.3,  # SGLang's own choice supposes chunks
+        skip_tokenizer_init=True,
+        grammar_backend="none",
+        log_level="info",
+    )
+
+    assert run.tokens == [alone.tokens, sharing.tokens]
+    assert "serves MLA decode: CPU reference path, 64-token pages" in run.log
+    if case.chunked:
+        assert f"#new-token: {CHUNK}," in run.log
+    in_cache = SHARED // 64 * 64 if case.caching else 0
+    assert run.cached[1] == [in_cache] * len(sharing.prompts)
