@@ -12,7 +12,7 @@ from flashmla_backend.schedule import TILE_TOKENS
 
 LENGTHS = (TILE_TOKENS + 6, 1)
 SCALE = D_QK**-0.5
-ABSOLUTE, RELATIVE = 8e-4, 2.01 / 128
+ABSOLUTE, RELATIVE = 8e-4, 2.01 / 128  # of a cache of deviation 0.1: 16-bit probabilities round at its scale
 
 
 def check_decode(device: torch.device, dtype: torch.dtype, h_q: int) -> None:
@@ -26,7 +26,7 @@ def check_decode(device: torch.device, dtype: torch.dtype, h_q: int) -> None:
     tables = torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)
     seq_lens = torch.tensor(LENGTHS, dtype=torch.int32)
     q = torch.randn(2, 1, h_q, D_QK, generator=generator).to(dtype)
-    cache = torch.randn(3, TILE_TOKENS, 1, D_QK, generator=generator).to(dtype)
+    cache = (torch.randn(3, TILE_TOKENS, 1, D_QK, generator=generator) / 10).to(dtype)
     plan = plan_decode(seq_lens.to(device), tables.to(device), s_q=1, h_q=h_q)
     out, _ = mla_decode(q.to(device), cache.to(device), plan, softmax_scale=SCALE)
     expected, _ = reference(q, cache, tables, seq_lens, softmax_scale=SCALE)

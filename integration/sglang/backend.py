@@ -108,7 +108,7 @@ class FlashMLABackend(PrefillBackend):
         tiles = cache.shape[0] // TILE_TOKENS
         planned = plan.batch * plan.s_q
         out, _ = mla_decode(
-            q.view(-1, plan.h_q, D_QK)[:planned].unflatten(0, (plan.batch, plan.s_q)),
+            q.detach().view(-1, plan.h_q, D_QK)[:planned].unflatten(0, (plan.batch, plan.s_q)),
             cache[: tiles * TILE_TOKENS].view(tiles, TILE_TOKENS, 1, D_QK),
             plan,
             softmax_scale=layer.scaling,
