@@ -111,7 +111,7 @@ def test_report(tmp_path: Path) -> None:
         "TRITON_MLA": {"2/s": triton},
     }
     results = Results(measured, {OURS: "flashmla_backend serves"}, ["a note"])
-    made = json.loads(json.dumps(report.make(results, plan, "flashmla bench serve", "abc")))
+    made = json.loads(json.dumps(report.make(results, plan, ["flashmla", "bench", "serve"], "abc")))
     assert [report.gains(row)["tpot"] for row in made["rows"]] == [1.5, 0.75]
     for gained in made["summary"].values():
         assert gained == {"geomean": pytest.approx(1.125**0.5, abs=1e-3), "min": 0.75, "n": 2}

@@ -93,7 +93,7 @@ def test_report() -> None:
     triton = answer({"64x512": 3.0, "32x8K": 10.0}, [[1, 2, 3], [4, 7, 6]], [[-1.1, -2.0, -3.3], [-1.0, -1.0, -1.0]])
     flashmla = answer({"64x512": 1.6}, [[1, 2, 3], [4, 7, 6]], [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
     answers = {"v3-attention": {"ours": ours, "TRITON_MLA": triton, "FLASHMLA": flashmla}}
-    made = report.make(Results(answers, ["a note"]), measured, "flashmla bench steps", "abc")
+    made = report.make(Results(answers, ["a note"]), measured, ["flashmla", "bench", "steps"], "abc")
     assert [report.speed_up(row) for row in made["rows"]] == pytest.approx([0.8, 2.0])
     assert made["summary"]["all"] == {"geomean": pytest.approx(1.6**0.5, abs=1e-3), "min": 0.8, "n": 2}
     assert made["summary"]["attention-heavy"] == {"geomean": 2.0, "min": 2.0, "n": 1}

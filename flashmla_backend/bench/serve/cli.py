@@ -97,7 +97,7 @@ def serve(
     except FlashMLAError as error:
         err.print(f"[bold red]{error}", highlight=False)
         raise typer.Exit(2) from None
-    made = report.make(results, plan, shlex.join(["flashmla", *sys.argv[1:]]), commit)
+    made = report.make(results, plan, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)
     if results.notes:

@@ -7,7 +7,6 @@ A report is a dict: "device", "torch", "vllm", "date", "commit", "command", "mod
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,12 +16,12 @@ from rich.table import Table
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.backends import OURS
-from flashmla_backend.bench.provenance import git_commit
+from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.bench.serve.run import Plan, Results
 from flashmla_backend.bench.steps.run import vllm_version
 
 
-def make(results: Results, plan: Plan, command: str, commit: str | None) -> dict[str, Any]:
+def make(results: Results, plan: Plan, command: Sequence[str], commit: str | None) -> dict[str, Any]:
     """The report of a run."""
     rows = []
     for load in plan.loads:
@@ -31,12 +30,8 @@ def make(results: Results, plan: Plan, command: str, commit: str | None) -> dict
         rows.append(row)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "device": machine.describe(device)[0],
-        "torch": torch.__version__,
+        **provenance(machine.describe(device)[0], command, commit),
         "vllm": vllm_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or git_commit(),
-        "command": command,
         "model": plan.model,
         "dtype": plan.dtype,
         "input_tokens": plan.input_tokens,

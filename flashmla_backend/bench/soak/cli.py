@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +68,7 @@ def soak(
         err.print(f"[bold red]{error}", highlight=False)
         raise typer.Exit(2) from None
     failed = failures(plan, results)
-    made = _summary(plan, results, failed, shlex.join(["flashmla", *sys.argv[1:]]), commit)
+    made = _summary(plan, results, failed, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     for line in _lines(made):
         out.print(line, highlight=False, markup=False)
@@ -77,22 +77,18 @@ def soak(
         raise typer.Exit(1)
 
 
-def _summary(plan: Any, results: Any, failed: list[str], command: str, commit: str | None) -> dict[str, Any]:
+def _summary(plan: Any, results: Any, failed: list[str], command: Sequence[str], commit: str | None) -> dict[str, Any]:
     import torch
 
     from flashmla_backend.bench import machine
-    from flashmla_backend.bench.provenance import git_commit
+    from flashmla_backend.bench.provenance import provenance
     from flashmla_backend.bench.soak.run import growths
     from flashmla_backend.bench.steps.run import vllm_version
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "device": machine.describe(device)[0],
-        "torch": torch.__version__,
+        **provenance(machine.describe(device)[0], command, commit),
         "vllm": vllm_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or git_commit(),
-        "command": command,
         "served_by": results.served_by,
         "model": plan.model,
         "dtype": plan.dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,7 +67,7 @@ def steps(
     except FlashMLAError as error:
         err.print(f"[bold red]{error}", highlight=False)
         raise typer.Exit(2) from None
-    made = report.make(results, plan.points, shlex.join(["flashmla", *sys.argv[1:]]), commit)
+    made = report.make(results, plan.points, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     out.print(report.table(made))
     for line in report.lines(made):

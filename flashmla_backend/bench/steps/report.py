@@ -6,7 +6,6 @@ A report is a dict: "device", "torch", "vllm", "date", "commit", "command", "not
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.backends import OURS, REFERENCES
-from flashmla_backend.bench.provenance import git_commit
+from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.bench.steps.points import Point
 from flashmla_backend.bench.steps.run import Results, vllm_version
 
@@ -24,7 +23,7 @@ LONG_TOKENS = 8192  # mean context from which a point counts as attention-heavy,
 ATTENTION_HEAVY = "v3-attention"
 
 
-def make(results: Results, points: Sequence[Point], command: str, commit: str | None) -> dict[str, Any]:
+def make(results: Results, points: Sequence[Point], command: Sequence[str], commit: str | None) -> dict[str, Any]:
     """The report of a run."""
     rows = []
     for model, answers in results.answers.items():
@@ -39,12 +38,8 @@ def make(results: Results, points: Sequence[Point], command: str, commit: str | 
             rows.append(row)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "device": machine.describe(device)[0],
-        "torch": torch.__version__,
+        **provenance(machine.describe(device)[0], command, commit),
         "vllm": vllm_version(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or git_commit(),
-        "command": command,
         "impls": {model: {who: a["impl"] for who, a in answers.items()} for model, answers in results.answers.items()},
         "rows": rows,
         "deltas": {model: deltas(answers) for model, answers in results.answers.items()},
