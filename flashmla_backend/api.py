@@ -83,8 +83,9 @@ def plan_decode(
         num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
         reuse: an earlier plan of the same shapes, made for at least as many requests, whose buffers then hold the new
             schedule; it can be reused again, and is of no other use any more. Layers captured in a CUDA graph with
-            that plan read the new schedule when replayed; they also read `seq_lens` and `block_table` where these
-            lay at capture, so keep both in persistent tensors. The call itself may be captured too.
+            a plan of as many requests read the new schedule when replayed (pad a smaller step with lengths of 0); they
+            also read `seq_lens` and `block_table` where these lay at capture, so keep both in persistent tensors. The
+            call itself may be captured too.
         workspace: fp32 vector of at least `workspace_size(...)` elements on the same device for the partial results;
             by default one is allocated. Plans may share it if their layers run one after another, on one stream.
 

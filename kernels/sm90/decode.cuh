@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::mbarrier_init_fence();
   }
-  // Rows that do not exist are zero for good, so that their scores ask for nothing.
+  // Rows that do not exist are zero for good: what lies in shared memory could be NaN or huge.
   const int rows = min(kTileRows, a.rows - row_begin);
 #pragma unroll 1
   for (int i = threadIdx.x; i < (kTileRows - rows) * (kTiles - kRegisterTiles) * 8; i += kThreads) {
