@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from flashmla_backend.errors import InvalidArgument
+from flashmla_backend.integration.claim import DISABLE_VARIABLE
 
 OURS = "ours"
-DISABLE_VARIABLE = "FLASHMLA_BACKEND_DISABLE"
 BUILTINS = ("FLASHMLA", "FLASH_ATTN_MLA", "TRITON_MLA", "CPU_MLA")
 REFERENCES = ("TRITON_MLA", "CPU_MLA")  # the first of them that ran is what the others' answers are compared with
 

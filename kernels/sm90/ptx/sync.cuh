@@ -3,13 +3,9 @@
 
 namespace flashmla::ptx {
 
-// Barrier `id` among `threads` threads: some sync (wait), the others only arrive.
+// Barrier `id` among `threads` threads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Orders this thread's ordinary shared-memory accesses before later ones by wgmma and TMA.
