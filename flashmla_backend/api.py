@@ -204,7 +204,7 @@ def mla_decode(
     check_kv_cache(kv_cache, plan.page_size, plan.h_kv)
     if kv_cache.dtype != q_latent.dtype or kv_cache.device != q_latent.device:
         raise InvalidArgument(
-            f"kv_cache is {describe(kv_cache)} on {kv_cache.device}, q's latent columns {describe(q_latent)} on "
+            f"kv_cache is {describe(kv_cache)} on {kv_cache.device}, q (latent columns) {describe(q_latent)} on "
             f"{q_latent.device}; accepted: the same dtype and device"
         )
     check_softmax_scale(softmax_scale)
