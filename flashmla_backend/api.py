@@ -177,12 +177,17 @@ def check_reusable(
 
 
 def mla_decode(
-    q: torch.Tensor, kv_cache: torch.Tensor, plan: DecodePlan, *, softmax_scale: float
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    kv_cache: torch.Tensor,
+    plan: DecodePlan,
+    *,
+    softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Absorbed multi-head latent attention of one layer over the paged latent cache (arXiv:2405.04434, section 2.1).
 
     Args:
-        q: [B, S_q, H_q, 576] bf16 or fp16, on the CPU also fp32: 512 latent columns, then 64 rope columns.
+        q: [B, S_q, H_q, 576] bf16 or fp16, on the CPU also fp32: 512 latent columns, then 64 rope columns. Or the two
+            as a pair, [B, S_q, H_q, 512] and [B, S_q, H_q, 64], which need not lie side by side.
         kv_cache: [P, page_size, H_kv, 576], q's dtype; V is its first 512 columns. Page and row strides are free.
         plan: from `plan_decode`, for these shapes and these lengths.
         softmax_scale: factor on q @ k before the softmax, greater than 0; for DeepSeek models (128 + 64) ** -0.5 times
@@ -196,18 +201,19 @@ def mla_decode(
         InvalidArgument: naming the argument, what it was and what is accepted.
         Unsupported: the tensors are on a device that nothing installed has kernels for.
     """
-    check_query(q, plan)
+    q_latent, q_rope = checked_query(q, plan)
     check_kv_cache(kv_cache, plan.page_size, plan.h_kv)
-    if kv_cache.dtype != q.dtype or kv_cache.device != q.device:
+    if kv_cache.dtype != q_latent.dtype or kv_cache.device != q_latent.device:
         raise InvalidArgument(
-            f"kv_cache is {describe(kv_cache)} on {kv_cache.device}, q {describe(q)} on {q.device}; accepted: the "
-            "same dtype and device"
+            f"kv_cache is {describe(kv_cache)} on {kv_cache.device}, q (latent columns) {describe(q_latent)} on "
+            f"{q_latent.device}; accepted: the same dtype and device"
         )
     check_softmax_scale(softmax_scale)
     if plan.flashinfer is not None:
-        return flashinfer_path.decode(q, kv_cache, plan.flashinfer, float(softmax_scale))
+        return flashinfer_path.decode(q_latent, q_rope, kv_cache, plan.flashinfer, float(softmax_scale))
     return ops.mla_decode(
-        q,
+        q_latent,
+        q_rope,
         kv_cache,
         plan.block_table,
         plan.seq_lens,
@@ -221,24 +227,41 @@ def mla_decode(
     )
 
 
-def check_query(q: torch.Tensor, plan: DecodePlan) -> None:
-    if q.dim() != 4 or q.shape[3] != D_QK:
-        raise InvalidArgument(f"q is {describe(q)}; accepted: [B, S_q, H_q, {D_QK}]")
+def checked_query(
+    q: torch.Tensor | tuple[torch.Tensor, torch.Tensor], plan: DecodePlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent and rope columns of q."""
+    if isinstance(q, torch.Tensor):
+        check_query("q", q, D_QK, plan)
+        return q[..., :D_V], q[..., D_V:]
+    latent, rope = q
+    check_query("q[0]", latent, D_V, plan)
+    check_query("q[1]", rope, D_QK - D_V, plan)
+    if rope.dtype != latent.dtype:
+        raise InvalidArgument(f"q[1] is {describe(rope)}, q[0] {describe(latent)}; accepted: the same dtype")
+    return latent, rope
+
+
+def check_query(name: str, q: torch.Tensor, width: int, plan: DecodePlan) -> None:
+    if q.dim() != 4 or q.shape[3] != width:
+        raise InvalidArgument(f"{name} is {describe(q)}; accepted: [B, S_q, H_q, {width}]")
     expected = (plan.batch, plan.s_q, plan.h_q)
     if tuple(q.shape[:3]) != expected:
-        raise InvalidArgument(f"q is {describe(q)}, the plan was made for other shapes; accepted: {[*expected, D_QK]}")
+        raise InvalidArgument(
+            f"{name} is {describe(q)}, the plan was made for other shapes; accepted: {[*expected, width]}"
+        )
     if q.device != plan.seq_lens.device:
-        raise InvalidArgument(f"q is on {q.device}, the plan on {plan.seq_lens.device}; accepted: the same device")
+        raise InvalidArgument(f"{name} is on {q.device}, the plan on {plan.seq_lens.device}; accepted: the same device")
     dtypes = DTYPES[path_of(q.device)]
     if q.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise InvalidArgument(f"q is {describe(q)}; accepted: {accepted}")
+        raise InvalidArgument(f"{name} is {describe(q)}; accepted: {accepted}")
     if q.stride(3) != 1:
-        raise InvalidArgument(f"q has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
+        raise InvalidArgument(f"{name} has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
     if q.requires_grad and torch.is_grad_enabled():
         raise InvalidArgument(
-            "q requires a gradient, and decoding has no backward; accepted: a call under torch.inference_mode() or "
-            "torch.no_grad(), or q.detach()"
+            f"{name} requires a gradient, and decoding has no backward; accepted: a call under torch.inference_mode() "
+            "or torch.no_grad(), or q.detach()"
         )
 
 

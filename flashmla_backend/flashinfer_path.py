@@ -96,19 +96,20 @@ def plan(
 
 
 def decode(
-    q: torch.Tensor,  # [B, S_q, H_q, 576] bf16 / fp16
+    q_latent: torch.Tensor,  # [B, S_q, H_q, 512] bf16 / fp16
+    q_rope: torch.Tensor,  # [B, S_q, H_q, 64] same dtype
     kv_cache: torch.Tensor,  # [P, page_size, 1, 576] same dtype
     made: FlashInferPlan,
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, S_q, H_q, 512] in q's dtype, lse [B, S_q, H_q] fp32 (-inf where a query sees no token)."""
-    batch, s_q, h_q, _ = q.shape
+    batch, s_q, h_q, _ = q_latent.shape
     if batch == 0:
-        return q.new_empty((0, s_q, h_q, D_V)), q.new_empty((0, s_q, h_q), dtype=torch.float32)
-    tokens, cache = q.flatten(0, 1), kv_cache.squeeze(2)
-    out, log2_sum = made.wrapper(q.dtype, softmax_scale).run(
-        q_nope=tokens[..., :D_V],
-        q_pe=tokens[..., D_V:],
+        return q_latent.new_empty((0, s_q, h_q, D_V)), q_latent.new_empty((0, s_q, h_q), dtype=torch.float32)
+    cache = kv_cache.squeeze(2)
+    out, log2_sum = made.wrapper(q_latent.dtype, softmax_scale).run(
+        q_nope=q_latent.flatten(0, 1),
+        q_pe=q_rope.flatten(0, 1),
         ckv_cache=cache[..., :D_V],
         kpe_cache=cache[..., D_V:],
         return_lse=True,

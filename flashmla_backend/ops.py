@@ -15,7 +15,6 @@ import torch
 from torch._ops import OpOverload
 
 from flashmla_backend import cpu, sm90
-from flashmla_backend.paging import D_V
 from flashmla_backend.schedule import make_schedule, max_items, num_parts
 
 Schedule = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -80,7 +79,8 @@ def new_schedule(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int
 
 
 def decode_on_cpu(
-    q: torch.Tensor,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -93,12 +93,14 @@ def decode_on_cpu(
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `flashmla_backend.mla_decode`, which checks the arguments. The workspaces are the Hopper kernels' only."""
+    q = torch.cat([q_latent, q_rope], dim=-1)
     return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal)
 
 
-def empty_results(q: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_results(q_latent: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, S_q, H_q, 512] in q's dtype and lse [B, S_q, H_q] fp32."""
-    return q.new_empty((*q.shape[:3], D_V)), q.new_empty(q.shape[:3], dtype=torch.float32)
+    shape = q_latent.shape
+    return q_latent.new_empty(shape), q_latent.new_empty(shape[:3], dtype=torch.float32)
 
 
 schedule_into = operator(
@@ -115,9 +117,9 @@ schedule = operator(
     fake=schedule_buffers,
 )
 mla_decode = operator(
-    "mla_decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, Tensor part_offsets, "
-    "Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, float softmax_scale, bool causal) -> "
-    "(Tensor, Tensor)",
+    "mla_decode(Tensor q_latent, Tensor q_rope, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, "
+    "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, float softmax_scale, "
+    "bool causal) -> (Tensor, Tensor)",
     on_cpu=decode_on_cpu,
     on_cuda=sm90.decode,
     fake=empty_results,

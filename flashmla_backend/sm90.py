@@ -50,7 +50,8 @@ def schedule(
 
 
 def decode(
-    q: torch.Tensor,
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -63,22 +64,24 @@ def decode(
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Enqueue the decode and combine kernels; see `flashmla_backend.mla_decode`, which checks the arguments."""
-    batch, s_q, h_q, _ = q.shape
+    batch, s_q, h_q, _ = q_latent.shape
     num_pages, page_size, h_kv, _ = kv_cache.shape
-    out = q.new_empty((batch, s_q, h_q, D_V))
-    lse = q.new_empty((batch, s_q, h_q), dtype=torch.float32)
+    out = q_latent.new_empty((batch, s_q, h_q, D_V))
+    lse = q_latent.new_empty((batch, s_q, h_q), dtype=torch.float32)
     enqueue(
         native.load().decode,
-        q.device,
-        DTYPES[q.dtype],
+        q_latent.device,
+        DTYPES[q_latent.dtype],
         (batch, s_q, h_q, h_kv),
         page_size,
         num_pages,
         part_offsets.shape[0] - 1,
         causal,
         softmax_scale,
-        q.data_ptr(),
-        strides_of(q),
+        q_latent.data_ptr(),
+        strides_of(q_latent),
+        q_rope.data_ptr(),
+        strides_of(q_rope),
         kv_cache.data_ptr(),
         strides_of(kv_cache),
         seq_lens.data_ptr(),

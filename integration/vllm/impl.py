@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from flashmla_backend import mla_decode
 from flashmla_backend.errors import Unsupported
+from flashmla_backend.paging import D_V
 
 from .builder import FlashMLADecodeMetadata
 
@@ -75,11 +76,11 @@ class FlashMLAImpl(MLACommonImpl[MLACommonMetadata[FlashMLADecodeMetadata]]):
         """
         decode = attn_metadata.decode
         assert decode is not None  # vLLM calls only when the batch has decoding requests
-        if isinstance(q, tuple):
-            q = torch.cat(q, dim=-1)
-        tokens, heads, width = q.shape
+        latent, rope = q if isinstance(q, tuple) else (q[..., :D_V], q[..., D_V:])
+        tokens, heads, _ = latent.shape
+        queries = (attn_metadata.num_decodes, tokens // attn_metadata.num_decodes)
         out, lse = mla_decode(
-            q.view(attn_metadata.num_decodes, -1, heads, width),  # [B, S_q, N, 576]
+            (latent.unflatten(0, queries), rope.unflatten(0, queries)),  # [B, S_q, N, 512] and [B, S_q, N, 64]
             kv_c_and_k_pe_cache.unsqueeze(2),  # [pages, 64, 1, 576]
             decode.plan,
             softmax_scale=self.scale,

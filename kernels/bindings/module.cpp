@@ -65,8 +65,9 @@ using Strides = std::array<int64_t, 3>;
 
 // What every decode kernel is told. Device pointers and the stream are integers.
 flashmla_decode_params decode_params(int dtype, std::array<int, 4> shape, int page_size,
-                                     int num_pages, bool causal, float softmax_scale, uintptr_t q,
-                                     Strides q_strides, uintptr_t kv, Strides kv_strides,
+                                     int num_pages, bool causal, float softmax_scale,
+                                     uintptr_t q_latent, Strides q_latent_strides, uintptr_t q_rope,
+                                     Strides q_rope_strides, uintptr_t kv, Strides kv_strides,
                                      uintptr_t seq_lens, uintptr_t block_table,
                                      int64_t block_table_stride, uintptr_t out, uintptr_t lse,
                                      uintptr_t stream) {
@@ -80,10 +81,9 @@ flashmla_decode_params decode_params(int dtype, std::array<int, 4> shape, int pa
   p.num_pages = num_pages;
   p.causal = causal;
   p.softmax_scale = softmax_scale;
-  p.q = pointer<const void>(q);
-  p.q_batch_stride = q_strides[0];
-  p.q_token_stride = q_strides[1];
-  p.q_head_stride = q_strides[2];
+  p.q_latent = {pointer<const void>(q_latent), q_latent_strides[0], q_latent_strides[1],
+                q_latent_strides[2]};
+  p.q_rope = {pointer<const void>(q_rope), q_rope_strides[0], q_rope_strides[1], q_rope_strides[2]};
   p.kv = pointer<const void>(kv);
   p.kv_page_stride = kv_strides[0];
   p.kv_row_stride = kv_strides[1];
@@ -99,14 +99,14 @@ flashmla_decode_params decode_params(int dtype, std::array<int, 4> shape, int pa
 
 // The GIL stays held, here and below: the calls only enqueue.
 void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, int num_parts,
-            bool causal, float softmax_scale, uintptr_t q, Strides q_strides, uintptr_t kv,
-            Strides kv_strides, uintptr_t seq_lens, uintptr_t block_table,
-            int64_t block_table_stride, uintptr_t items, uintptr_t part_offsets,
-            uintptr_t split_offsets, uintptr_t out, uintptr_t lse, uintptr_t partial_out,
-            uintptr_t partial_lse, uintptr_t stream) {
-  flashmla_decode_params p =
-      decode_params(dtype, shape, page_size, num_pages, causal, softmax_scale, q, q_strides, kv,
-                    kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
+            bool causal, float softmax_scale, uintptr_t q_latent, Strides q_latent_strides,
+            uintptr_t q_rope, Strides q_rope_strides, uintptr_t kv, Strides kv_strides,
+            uintptr_t seq_lens, uintptr_t block_table, int64_t block_table_stride, uintptr_t items,
+            uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t out, uintptr_t lse,
+            uintptr_t partial_out, uintptr_t partial_lse, uintptr_t stream) {
+  flashmla_decode_params p = decode_params(
+      dtype, shape, page_size, num_pages, causal, softmax_scale, q_latent, q_latent_strides, q_rope,
+      q_rope_strides, kv, kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
   p.num_parts = num_parts;
   p.items = pointer<const int32_t>(items);
   p.part_offsets = pointer<const int32_t>(part_offsets);
@@ -118,12 +118,13 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
 
 // The textbook kernel, for `flashmla bench`; it needs no schedule.
 void naive_decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, bool causal,
-                  float softmax_scale, uintptr_t q, Strides q_strides, uintptr_t kv,
-                  Strides kv_strides, uintptr_t seq_lens, uintptr_t block_table,
-                  int64_t block_table_stride, uintptr_t out, uintptr_t lse, uintptr_t stream) {
-  const flashmla_decode_params p =
-      decode_params(dtype, shape, page_size, num_pages, causal, softmax_scale, q, q_strides, kv,
-                    kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
+                  float softmax_scale, uintptr_t q_latent, Strides q_latent_strides,
+                  uintptr_t q_rope, Strides q_rope_strides, uintptr_t kv, Strides kv_strides,
+                  uintptr_t seq_lens, uintptr_t block_table, int64_t block_table_stride,
+                  uintptr_t out, uintptr_t lse, uintptr_t stream) {
+  const flashmla_decode_params p = decode_params(
+      dtype, shape, page_size, num_pages, causal, softmax_scale, q_latent, q_latent_strides, q_rope,
+      q_rope_strides, kv, kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
   check(flashmla_naive_decode(&p));
 }
 
@@ -149,12 +150,14 @@ PYBIND11_MODULE(_native, module) {
   module.def("device", &device, "index"_a);
   module.def("probe", &probe, "index"_a);
   module.def("decode", &decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a, "num_parts"_a,
-             "causal"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "kv"_a, "kv_strides"_a,
-             "seq_lens"_a, "block_table"_a, "block_table_stride"_a, "items"_a, "part_offsets"_a,
-             "split_offsets"_a, "out"_a, "lse"_a, "partial_out"_a, "partial_lse"_a, "stream"_a);
+             "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
+             "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
+             "block_table_stride"_a, "items"_a, "part_offsets"_a, "split_offsets"_a, "out"_a,
+             "lse"_a, "partial_out"_a, "partial_lse"_a, "stream"_a);
   module.def("naive_decode", &naive_decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a,
-             "causal"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "kv"_a, "kv_strides"_a,
-             "seq_lens"_a, "block_table"_a, "block_table_stride"_a, "out"_a, "lse"_a, "stream"_a);
+             "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
+             "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
+             "block_table_stride"_a, "out"_a, "lse"_a, "stream"_a);
   module.def("schedule", &schedule, "batch"_a, "num_parts"_a, "cost"_a, "seq_lens"_a, "items"_a,
              "part_offsets"_a, "split_offsets"_a, "stream"_a);
 }

@@ -89,14 +89,20 @@ flashmla_status validate(const flashmla_decode_params& p) {
                 static_cast<long long>(p.block_table_stride));
   }
   return first_failure(
-      stride("q_batch_stride", p.q_batch_stride, 0), stride("q_token_stride", p.q_token_stride, 0),
-      stride("q_head_stride", p.q_head_stride, 0), stride("kv_page_stride", p.kv_page_stride, 8),
-      stride("kv_row_stride", p.kv_row_stride, 8), stride("kv_head_stride", p.kv_head_stride, 8),
-      pointer("q", p.q, 16), pointer("kv", p.kv, 16), pointer("seq_lens", p.seq_lens, 4),
-      pointer("block_table", p.block_table, 4), pointer("items", p.items, 16),
-      pointer("part_offsets", p.part_offsets, 4), pointer("split_offsets", p.split_offsets, 4),
-      pointer("out", p.out, 16), pointer("lse", p.lse, 4),
-      pointer("partial_out", p.partial_out, 16), pointer("partial_lse", p.partial_lse, 4));
+      stride("q_latent.batch_stride", p.q_latent.batch_stride, 0),
+      stride("q_latent.token_stride", p.q_latent.token_stride, 0),
+      stride("q_latent.head_stride", p.q_latent.head_stride, 0),
+      stride("q_rope.batch_stride", p.q_rope.batch_stride, 0),
+      stride("q_rope.token_stride", p.q_rope.token_stride, 0),
+      stride("q_rope.head_stride", p.q_rope.head_stride, 0),
+      stride("kv_page_stride", p.kv_page_stride, 8), stride("kv_row_stride", p.kv_row_stride, 8),
+      stride("kv_head_stride", p.kv_head_stride, 8), pointer("q_latent", p.q_latent.data, 16),
+      pointer("q_rope", p.q_rope.data, 16), pointer("kv", p.kv, 16),
+      pointer("seq_lens", p.seq_lens, 4), pointer("block_table", p.block_table, 4),
+      pointer("items", p.items, 16), pointer("part_offsets", p.part_offsets, 4),
+      pointer("split_offsets", p.split_offsets, 4), pointer("out", p.out, 16),
+      pointer("lse", p.lse, 4), pointer("partial_out", p.partial_out, 16),
+      pointer("partial_lse", p.partial_lse, 4));
 }
 
 flashmla_status validate(const flashmla_schedule_params& p) {

@@ -70,10 +70,14 @@ __global__ void __launch_bounds__(kThreads) naive_decode_kernel(const flashmla_d
   const int length = p.seq_lens[request];
   const int visible = p.causal ? max(0, length - p.s_q + query_token + 1) : length;
 
-  const auto* q =
-      reinterpret_cast<const Pair*>(static_cast<const uint16_t*>(p.q) + request * p.q_batch_stride +
-                                    query_token * p.q_token_stride + head * p.q_head_stride);
-  for (int i = thread; i < kWidth / 2; i += kThreads) query[i] = to_float2(q[i]);
+  const auto query_pairs = [&](const flashmla_query& q) {
+    return reinterpret_cast<const Pair*>(static_cast<const uint16_t*>(q.data) +
+                                         request * q.batch_stride + query_token * q.token_stride +
+                                         head * q.head_stride);
+  };
+  const Pair *latent = query_pairs(p.q_latent), *rope = query_pairs(p.q_rope);
+  for (int i = thread; i < kWidth / 2; i += kThreads)
+    query[i] = to_float2(i < kLatent / 2 ? latent[i] : rope[i - kLatent / 2]);
 
   float maximum = Maximum::kIdentity, sum = 0.0f;
   float2 out = {0.0f, 0.0f};  // columns 2 thread, 2 thread + 1

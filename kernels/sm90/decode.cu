@@ -96,10 +96,8 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   if (p.batch == 0) return FLASHMLA_OK;
   DecodeArguments arguments{};
   if (const flashmla_status status = make_kv_map(p, &arguments.kv_map)) return status;
-  arguments.q = p.q;
-  arguments.q_batch_stride = p.q_batch_stride;
-  arguments.q_token_stride = p.q_token_stride;
-  arguments.q_head_stride = p.q_head_stride;
+  arguments.q_latent = p.q_latent;
+  arguments.q_rope = p.q_rope;
   arguments.seq_lens = p.seq_lens;
   arguments.block_table = p.block_table;
   arguments.block_table_stride = p.block_table_stride;

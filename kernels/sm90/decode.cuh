@@ -35,8 +35,9 @@ __device__ __forceinline__ void load_query_registers(const DecodeArguments& a, i
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = min(row_begin + accumulator_row(r), a.rows - 1);
-    const auto* source = reinterpret_cast<const uint4*>(query_row(a, request, kv_head, row)) +
-                         kFirstRegisterTile * 8 + threadIdx.x % 4;
+    const auto* source =
+        reinterpret_cast<const uint4*>(query_row(a, a.q_latent, request, kv_head, row)) +
+        kFirstRegisterTile * 8 + threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 2 * kRegisterTiles; ++i) {
       const uint4 v = __ldg(source + 4 * i);

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "flashmla/decode.h"
+
 namespace flashmla {
 
 constexpr int kLatent = 512;
@@ -15,8 +17,7 @@ constexpr int kTiles = kWidth / 64;
 
 struct DecodeArguments {
   CUtensorMap kv_map;  // dimensions: 64 columns, page_size rows, 9 column tiles, H_kv heads, pages
-  const void* q;
-  int64_t q_batch_stride, q_token_stride, q_head_stride;
+  flashmla_query q_latent, q_rope;
   const int32_t* seq_lens;
   const int32_t* block_table;
   int64_t block_table_stride;

@@ -59,11 +59,12 @@ struct Item {
   __device__ __forceinline__ int pages() const { return page_end - page_begin; }
 };
 
-// Q of row `row` of this KV head.
-__device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a, int request,
+// Row `row` of this KV head in one part of Q.
+__device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a,
+                                                     const flashmla_query& q, int request,
                                                      int kv_head, int row) {
-  return static_cast<const uint16_t*>(a.q) + request * a.q_batch_stride +
-         row / a.group * a.q_token_stride + (kv_head * a.group + row % a.group) * a.q_head_stride;
+  return static_cast<const uint16_t*>(q.data) + request * q.batch_stride +
+         row / a.group * q.token_stride + (kv_head * a.group + row % a.group) * q.head_stride;
 }
 
 // Rows that this thread holds of a 64-row accumulator.

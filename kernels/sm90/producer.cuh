@@ -91,7 +91,8 @@ __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeS
                                                int row_begin, int kv_head, int first, int last) {
   const int thread = threadIdx.x % 128 - 64;
   const int slot = thread / 8, chunk = thread % 8;
-  const int tile = slot == kFirstRegisterTile ? kRopeTile : slot;
+  const flashmla_query& part = slot == kFirstRegisterTile ? a.q_rope : a.q_latent;
+  const int column = slot == kFirstRegisterTile ? chunk * 8 : slot * 64 + chunk * 8;
   const int rows = min(kTileRows, a.rows - row_begin);
   uint32_t parity = 0;
   for (int i = first; i < last; ++i) {
@@ -100,14 +101,14 @@ __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeS
     ptx::mbarrier_wait(&shared.q_empty, parity ^ 1);
     if (slot < kTiles - kRegisterTiles) {
       int head = row_begin % a.group;
-      const uint16_t* q = query_row(a, item.request, kv_head, row_begin) + tile * 64 + chunk * 8;
-      const int64_t next_token = a.q_token_stride - (a.group - 1) * a.q_head_stride;
+      const uint16_t* q = query_row(a, part, item.request, kv_head, row_begin) + column;
+      const int64_t next_token = part.token_stride - (a.group - 1) * part.head_stride;
 #pragma unroll 4
       for (int r = 0; r < rows; ++r) {
         ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16), q);
         const bool wraps = ++head == a.group;
         if (wraps) head = 0;
-        q += wraps ? next_token : a.q_head_stride;
+        q += wraps ? next_token : part.head_stride;
       }
     }
     ptx::copy_async_wait_all();

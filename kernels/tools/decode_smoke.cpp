@@ -113,10 +113,9 @@ class Case {
     p.num_parts = plan_.parts;
     p.causal = shape_.causal;
     p.softmax_scale = shape_.scale;
-    p.q = q_.get();
-    p.q_batch_stride = shape_.rows() * kWidth;
-    p.q_token_stride = shape_.h_q * kWidth;
-    p.q_head_stride = kWidth;
+    p.q_latent = {q_.get(), shape_.rows() * kWidth, shape_.h_q * kWidth, kWidth};
+    p.q_rope = p.q_latent;
+    p.q_rope.data = q_.get() + kLatent;
     p.kv = kv_.get();
     p.kv_page_stride = shape_.page_size * shape_.h_kv * kWidth;
     p.kv_row_stride = shape_.h_kv * kWidth;

@@ -107,3 +107,12 @@ def test_large_scores_do_not_overflow() -> None:
     problem = make_problem([130, 64], h_q=4, dtype=torch.float32)
     problem.q.mul_(100.0)
     check_against_oracle(problem, causal=True, num_sms=8)
+
+
+def test_latent_and_rope_columns_may_lie_apart() -> None:
+    problem = make_problem([1, 70, 300], s_q=2, h_q=6)
+    plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=2, h_q=6)
+    parts = problem.q[..., :512].clone(), problem.q[..., 512:].clone()
+    together = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+    apart = flashmla_backend.mla_decode(parts, problem.kv_cache, plan, softmax_scale=SCALE)
+    assert torch.equal(together[0], apart[0]) and torch.equal(together[1], apart[1])

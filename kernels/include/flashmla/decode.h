@@ -1,7 +1,8 @@
 // Absorbed multi-head latent attention over a paged latent cache, one decode step of one layer.
 //
-// q [B, S_q, H_q, 576], cache [P, page_size, H_kv, 576] with V its first 512 columns, out [B, S_q,
-// H_q, 512]. Query row r of a KV head is query token r / group, head r % group, group = H_q / H_kv.
+// q [B, S_q, H_q, 512 + 64], cache [P, page_size, H_kv, 576] with V its first 512 columns, out [B,
+// S_q, H_q, 512]. Query row r of a KV head is query token r / group, head r % group, group = H_q /
+// H_kv.
 #pragma once
 
 #include <stdint.h>
@@ -17,6 +18,12 @@ typedef enum flashmla_dtype {
   FLASHMLA_FP16 = 1,
 } flashmla_dtype;
 
+// One part of q; strides in elements, multiples of 8; columns contiguous.
+typedef struct flashmla_query {
+  const void* data;
+  int64_t batch_stride, token_stride, head_stride;
+} flashmla_query;
+
 typedef struct flashmla_decode_params {
   flashmla_dtype dtype;
   int batch, s_q, h_q, h_kv;
@@ -26,10 +33,9 @@ typedef struct flashmla_decode_params {
   int causal;           // bottom-right mask: query i sees tokens up to len - s_q + i
   float softmax_scale;  // > 0
 
-  // q, kv, out, partial_out are 16-byte aligned.
-  const void* q;
-  int64_t q_batch_stride, q_token_stride,
-      q_head_stride;  // in elements, multiples of 8; columns contiguous
+  // q_latent, q_rope, kv, out, partial_out are 16-byte aligned.
+  flashmla_query q_latent;  // columns 0 .. 511 of q
+  flashmla_query q_rope;    // columns 512 .. 575; the two may lie anywhere
   const void* kv;
   int64_t kv_page_stride, kv_row_stride,
       kv_head_stride;  // in elements, multiples of 8; columns contiguous
