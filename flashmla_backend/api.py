@@ -234,6 +234,10 @@ def checked_query(
     if isinstance(q, torch.Tensor):
         check_query("q", q, D_QK, plan)
         return q[..., :D_V], q[..., D_V:]
+    if not isinstance(q, tuple) or len(q) != 2:
+        raise InvalidArgument(
+            f"q is a {type(q).__name__}; accepted: a tensor, or a pair (latent columns, rope columns)"
+        )
     latent, rope = q
     check_query("q[0]", latent, D_V, plan)
     check_query("q[1]", rope, D_QK - D_V, plan)

@@ -115,6 +115,19 @@ def test_inputs_may_be_views() -> None:
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("s_q", [1, 3])
+@pytest.mark.parametrize("h_q", [5, 16, 128])
+def test_latent_and_rope_columns_may_lie_apart(h_q: int, s_q: int) -> None:
+    """The latent part as a matmul over heads leaves it, [H_q, B * S_q, 512]."""
+    problem = make_problem([0, 100, 65, 3000], s_q=s_q, h_q=h_q)
+    by_head = problem.q[..., :512].flatten(0, 1).transpose(0, 1).contiguous()
+    latent, rope = by_head.transpose(0, 1).unflatten(0, (-1, s_q)), problem.q[..., 512:].clone()
+    plan = plan_of(problem, causal=True)
+    apart = flashmla_backend.mla_decode((latent, rope), problem.kv_cache, plan, softmax_scale=SCALE)
+    for ours, expected in zip(apart, decode(problem, causal=True), strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("style", ["pair", "object"])
 def test_drop_in(style: str) -> None:
     problem = make_problem([0, 1, 64, 65, 300, 9000], s_q=2, h_q=16)
@@ -138,10 +151,10 @@ def test_unsuitable_input_is_refused_by_name() -> None:
         flashmla_backend.mla_decode(q, kv_cache, plan, softmax_scale=SCALE)
 
     padded = torch.zeros(2, 1, 8, 577, dtype=torch.bfloat16, device="cuda")
-    with pytest.raises(InvalidArgument, match=r"q_batch_stride is 4616 elements|q_head_stride is 577 elements"):
+    with pytest.raises(InvalidArgument, match=r"q_latent\.(head|batch)_stride is (577|4616) elements"):
         run(padded[..., :576], problem.kv_cache)
     shifted = torch.zeros(2 * 8 * 576 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(2, 1, 8, 576)
-    with pytest.raises(InvalidArgument, match=r"q is at 0x[0-9a-f]+; accepted: .* aligned to 16 bytes"):
+    with pytest.raises(InvalidArgument, match=r"q_latent is at 0x[0-9a-f]+; accepted: .* aligned to 16 bytes"):
         run(shifted, problem.kv_cache)
     with pytest.raises(InvalidArgument, match=r"q is .* float32; accepted: bfloat16, float16"):
         run(problem.q.float(), problem.kv_cache.float())

@@ -116,3 +116,7 @@ def test_latent_and_rope_columns_may_lie_apart() -> None:
     together = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
     apart = flashmla_backend.mla_decode(parts, problem.kv_cache, plan, softmax_scale=SCALE)
     assert torch.equal(together[0], apart[0]) and torch.equal(together[1], apart[1])
+    with pytest.raises(flashmla_backend.InvalidArgument, match=r"q is a list; accepted: a tensor, or a pair"):
+        flashmla_backend.mla_decode(list(parts), problem.kv_cache, plan, softmax_scale=SCALE)  # type: ignore[arg-type]
+    with pytest.raises(flashmla_backend.InvalidArgument, match=r"q\[1\] is .*; accepted: \[B, S_q, H_q, 64\]"):
+        flashmla_backend.mla_decode((parts[0], parts[0]), problem.kv_cache, plan, softmax_scale=SCALE)
