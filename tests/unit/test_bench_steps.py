@@ -78,8 +78,17 @@ def test_kernels_of_attention() -> None:
         "_fwd_kernel_stage2",
     ]
     others = ["void vllm::concat_and_cache_mla_kernel<...>", "nvjet_tst_128x64", "fused_moe_kernel"]
-    times = dict.fromkeys(mine + theirs + others, 1.0)
-    assert kernels.attention_us(times) == len(mine + theirs)
+    launches = [kernels.Launch(name, 10.0 * i, 10.0 * i + 1) for i, name in enumerate(mine + theirs + others)]
+    assert kernels.attention_us(launches) == len(mine + theirs)
+    assert kernels.busy_us(launches) == len(launches)
+    assert kernels.busiest([*launches, kernels.Launch(others[0], 500, 502)], 1) == [(others[0], 3.0)]
+
+
+def test_a_kernel_that_waits_for_another_counts_once() -> None:
+    launches = [
+        kernels.Launch(name, *span) for name, span in {"b": (2, 7), "a": (0, 5), "c": (3, 4), "d": (9, 10)}.items()
+    ]
+    assert kernels.busy_us(launches) == 8
 
 
 def answer(ms: dict[str, float], tokens: list[list[int]], logprobs: list[list[float]]) -> dict[str, Any]:

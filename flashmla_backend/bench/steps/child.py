@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flashmla_backend.bench.steps.kernels import attention_us, traced_kernels
+from flashmla_backend.bench.steps.kernels import attention_us, busiest, busy_us, traced_launches
 from flashmla_backend.bench.steps.models import LOAD_FORMAT, register_loader
 
 BLOCK_SIZE = 64
@@ -95,11 +95,10 @@ class Steps:
         times = [self.run(window) / window * 1e3 for _ in range(self.request["windows"])]
         row: dict[str, Any] = {"ms": round(statistics.median(times), 4), "least_ms": round(min(times), 4)}
         if torch.cuda.is_available():
-            kernels = traced_kernels(lambda: self.run(TRACED_STEPS))
-            row["gpu_ms"] = round(sum(kernels.values()) / TRACED_STEPS / 1e3, 4)
-            row["attention_ms"] = round(attention_us(kernels) / TRACED_STEPS / 1e3, 4)
-            busiest = sorted(kernels.items(), key=lambda item: -item[1])[:12]
-            row["kernels"] = {name[:120]: round(us / TRACED_STEPS, 1) for name, us in busiest}
+            launches = traced_launches(lambda: self.run(TRACED_STEPS))
+            row["gpu_ms"] = round(busy_us(launches) / TRACED_STEPS / 1e3, 4)
+            row["attention_ms"] = round(attention_us(launches) / TRACED_STEPS / 1e3, 4)
+            row["kernels"] = {name[:120]: round(us / TRACED_STEPS, 1) for name, us in busiest(launches, 12)}
         while self.llm.llm_engine.has_unfinished_requests():
             self.run(1)
         return row
