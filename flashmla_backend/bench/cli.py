@@ -91,15 +91,18 @@ def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exi
     """Print reports and plot them again."""
     from flashmla_backend.bench.report import summarise
     from flashmla_backend.bench.serve.cli import present as present_serving
+    from flashmla_backend.bench.steps.cli import present as present_steps
 
     for path in reports:
         made = json.loads(path.read_text())
         if isinstance(made, dict) and "served_by" in made and "rows" in made:
             present_serving(made, path)
+        elif isinstance(made, dict) and "deltas" in made:
+            present_steps(made, path)
         elif isinstance(made, dict) and "read_reduce_GBs" in made:
             present({**made, "summary": summarise(made["rows"])}, path)
         else:
-            err.print(f"[bold red]{path} is no report of `bench kernels` or `bench serve`", highlight=False)
+            err.print(f"[bold red]{path} is no report of `bench kernels`, `steps` or `serve`", highlight=False)
             raise typer.Exit(2)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from flashmla_backend.bench import report
+from flashmla_backend.bench.steps import report as steps_report
 from flashmla_backend.serve import DEFAULT_NAME, Server
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,22 @@ def test_the_readme_quotes_the_report_it_links() -> None:
     quoted = json.loads((ROOT / path).read_text())
     assert f"    {report.summary_line(quoted)}\n" in README
     assert quoted["summary"] == report.summarise(quoted["rows"])
+
+
+def test_the_readme_shows_the_steps_that_were_measured() -> None:
+    paths = re.findall(r"\((benchmarks/results/steps-\S+\.json)\)", README)
+    assert paths
+    for path in paths:
+        measured = json.loads((ROOT / path).read_text())
+        assert steps_report.markdown(measured) in README
+        assert measured["summary"] == steps_report.summarise(measured["rows"])
+
+
+def test_the_soak_in_the_readme_passed() -> None:
+    (path,) = re.findall(r"\[soak\]\((benchmarks/results/\S+\.json)\)", README)
+    soak = json.loads((ROOT / path).read_text())
+    assert soak["failed"] == 0 and not soak["failures"] and soak["canaries"]["different"] == 1
+    assert soak["seconds"] >= 600 and all(soak["counters"].values())
 
 
 def test_the_offline_example_agrees_with_the_reference(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from flashmla_backend.bench import backends
 from flashmla_backend.bench.steps import kernels, models, points, report
 from flashmla_backend.bench.steps.run import Results
+from flashmla_backend.cli import app
 from flashmla_backend.errors import InvalidArgument
 
 
@@ -96,7 +98,7 @@ def answer(ms: dict[str, float], tokens: list[list[int]], logprobs: list[list[fl
     return {"impl": "some.Impl", "rows": rows, "tokens": tokens, "logprobs": logprobs}
 
 
-def test_report() -> None:
+def test_report(tmp_path: Path) -> None:
     measured = points.parse("64x512,32x8K")
     ours = answer({"64x512": 2.0, "32x8K": 5.0}, [[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0, -3.0], [-1.0, -9.0, -9.0]])
     triton = answer({"64x512": 3.0, "32x8K": 10.0}, [[1, 2, 3], [4, 7, 6]], [[-1.1, -2.0, -3.3], [-1.0, -1.0, -1.0]])
@@ -119,3 +121,8 @@ def test_report() -> None:
     text = console.file.getvalue()
     for part in ("32x8K", "5.00 (2.50)", "2.000", "0.800", "of FLASHMLA from TRITON_MLA", "a note"):
         assert part in text
+    assert report.markdown(made).splitlines()[-1] == "| v3-attention | 32x8K | 5.00 (2.50) | 10.00 (5.00) | - | 2.000 |"
+    (tmp_path / "steps.json").write_text(json.dumps(made))
+    shown = CliRunner().invoke(app, ["bench", "show", str(tmp_path / "steps.json")])
+    assert shown.exit_code == 0, shown.output
+    assert (tmp_path / "steps.png").stat().st_size > 10000

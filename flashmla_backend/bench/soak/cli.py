@@ -111,7 +111,7 @@ def _summary(plan: Any, results: Any, failed: list[str], command: Sequence[str],
 def _lines(made: dict[str, Any]) -> list[str]:
     counters = {name: int(value) for name, value in made["counters"].items()}
     return [
-        f"{made['device']}, vLLM {made['vllm']}; {made['served_by']}",
+        f"{made['device']}, {made['vllm']}; {made['served_by']}",
         f"{made['seconds']:.0f} s, {made['clients']} clients, a cache of {made['blocks']} blocks: "
         f"{sum(made['answered'].values())} requests, {made['failed']} failed, {made['tokens']} tokens read",
         ", ".join(f"{count} {kind}" for kind, count in made["answered"].items()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,7 +34,9 @@ def steps(
     compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds for one model with one backend.")] = 240,
     logs: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("bench-steps-logs"),
-    output: Annotated[Path, typer.Option("--out", help="The JSON report.")] = Path("bench-steps.json"),
+    output: Annotated[Path, typer.Option("--out", help="The JSON report; a plot of the same name beside it.")] = Path(
+        "bench-steps.json"
+    ),
     commit: Annotated[str | None, typer.Option(help="For the report, where git cannot tell.")] = None,
 ) -> None:
     """Time decode steps of vLLM, backend by backend, and compare their answers.
@@ -69,9 +71,22 @@ def steps(
         raise typer.Exit(2) from None
     made = report.make(results, plan.points, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
+    present(made, output)
+    if results.notes:
+        raise typer.Exit(1)
+
+
+def present(made: dict[str, Any], path: Path) -> None:
+    from flashmla_backend.bench.steps import report
+    from flashmla_backend.bench.steps.plot import plot
+    from flashmla_backend.errors import Unsupported
+
     out.print(report.table(made))
     for line in report.lines(made):
         out.print(f"- {line}", highlight=False, markup=False)
-    out.print(f"report: {output}", highlight=False)
-    if results.notes:
-        raise typer.Exit(1)
+    out.print(f"report: {path}", highlight=False)
+    try:
+        plot(made, path.with_suffix(".png"))
+        out.print(f"plot: {path.with_suffix('.png')}", highlight=False)
+    except Unsupported as error:
+        out.print(f"- {error}", highlight=False, markup=False)

@@ -96,20 +96,38 @@ def deltas(answers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(report: dict[str, Any]) -> Table:
-    """Milliseconds of a step by backend, our share of attention, and the speed-up."""
-    names = list(dict.fromkeys(key for row in report["rows"] for key, value in row.items() if isinstance(value, dict)))
-    title = f"{report['device']}, vLLM {report['vllm']}: milliseconds of a decode step (of which attention)"
-    made = Table("model", "requests x tokens", *names, "speed-up", title=title)
+def backends_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, dict)))
+
+
+def cells(report: dict[str, Any]) -> list[list[str]]:
+    """A head, then a line for each point: milliseconds of a step (of which attention) by backend, and the speed-up."""
+    names = backends_of(report["rows"])
+    lines = [["model", "requests x tokens", *names, "speed-up"]]
     for row in report["rows"]:
-        cells = [row["model"], row["point"]]
+        line = [row["model"], row["point"]]
         for name in names:
             value = row.get(name)
             share = f" ({value['attention_ms']:.2f})" if value and "attention_ms" in value else ""
-            cells.append(f"{value['ms']:.2f}{share}" if value else "-")
+            line.append(f"{value['ms']:.2f}{share}" if value else "-")
         ratio = speed_up(row)
-        made.add_row(*cells, f"{ratio:.3f}" if ratio else "-")
+        lines.append([*line, f"{ratio:.3f}" if ratio else "-"])
+    return lines
+
+
+def table(report: dict[str, Any]) -> Table:
+    head, *lines = cells(report)
+    title = f"{report['device']}, {report['vllm']}: milliseconds of a decode step (of which attention)"
+    made = Table(*head, title=title)
+    for line in lines:
+        made.add_row(*line)
     return made
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The same table for README."""
+    head, *lines = cells(report)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def lines(report: dict[str, Any]) -> list[str]:
