@@ -32,7 +32,9 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
     table = token_table(lengths, page_size)
     requests = torch.tensor([5, 0, 3, 2])
     lens = torch.tensor([lengths[r] for r in requests])
-    plan = StepBuffers(table, rows=8, h_q=HEADS).plan(requests, lens, added=0, s_q=1)
+    buffers = StepBuffers(table, rows=8, h_q=HEADS)
+    assert buffers.block_table.shape == (8, 5)
+    plan = buffers.plan(requests, lens, added=0, s_q=1)
     assert plan.seq_lens.tolist() == lens.tolist()
     for row, request in enumerate(requests.tolist()):
         tokens = torch.arange(lengths[request])
