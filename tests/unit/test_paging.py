@@ -101,6 +101,13 @@ def test_pages_of_one_tile_may_lie_at_any_distance() -> None:
     assert tokens[:, 0, 0].tolist() == [*range(128, 192), *range(64)]
 
 
+def test_a_single_page_may_repeat_one_row() -> None:
+    cache = numbered_cache(1, 128, 1)[:, 5:6].expand(1, 128, 1, 576)  # a row stride of 0: no next page, no distance
+    check_kv_cache(cache, 128, 1)
+    tokens = present_as_tiles(cache, torch.tensor([[0]], dtype=torch.int32)).gather(0, 0, 128)
+    assert tokens[:, 0, 0].tolist() == [5] * 128
+
+
 def test_the_width_of_a_row_is_the_kernels() -> None:
     header = (Path(__file__).parents[2] / "kernels" / "tools" / "decode_problem.h").read_text()
     assert (f"kLatent = {D_V}" in header, f"kWidth = {D_QK}" in header) == (True, True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashmla_backend import ops, sm90
@@ -222,6 +222,7 @@ def test_known_cuts(item: int, page: int, pages: list[int], parts: int, cuts: li
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 12))
+@example([3] * MAX_ROUNDS, 1)
 def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: int) -> None:
     longest = max([*pages, MIN_SPLIT_PAGES])
     caps = {longest}
