@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmla_backend import plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.paging import (
     D_QK,
     D_V,
     PAGE_SIZES,
-    check_block_table,
     check_kv_cache,
     check_page_ids,
     present_as_tiles,
@@ -131,7 +131,7 @@ TABLE = torch.zeros(2, 3, dtype=torch.int32)  # three pages of 64 tokens a reque
     ],
 )
 def test_what_can_be_followed_is_accepted(block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    check_block_table(block_table, seq_lens, 64)
+    plan_decode(seq_lens, block_table, s_q=1, h_q=4)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +147,6 @@ def test_what_can_be_followed_is_accepted(block_table: torch.Tensor, seq_lens: t
         (torch.zeros(2, 2, dtype=torch.int32)[:, ::2], ints(1, 2), "block_table has strides"),
     ],
 )
-def test_what_cannot_is_refused(block_table: torch.Tensor, seq_lens: torch.Tensor, message: str) -> None:
+def test_what_cannot_be_followed_is_refused(block_table: torch.Tensor, seq_lens: torch.Tensor, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        check_block_table(block_table, seq_lens, 64)
+        plan_decode(seq_lens, block_table, s_q=1, h_q=4)
