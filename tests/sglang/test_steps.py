@@ -32,9 +32,7 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
     table = token_table(lengths, page_size)
     requests = torch.tensor([5, 0, 3, 2])
     lens = torch.tensor([lengths[r] for r in requests])
-    buffers = StepBuffers(table, rows=8, h_q=HEADS)
-    assert buffers.block_table.shape == (8, 5)
-    plan = buffers.plan(requests, lens, added=0, s_q=1)
+    plan = StepBuffers(table, rows=8, h_q=HEADS).plan(requests, lens, added=0, s_q=1)
     assert plan.seq_lens.tolist() == lens.tolist()
     for row, request in enumerate(requests.tolist()):
         tokens = torch.arange(lengths[request])
@@ -53,6 +51,7 @@ def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
         assert plan.seq_lens.tolist() == [length + added for length in lens]
         fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
         assert str(plan) == str(fresh)
+    assert buffers.block_table.shape == (4, 5)  # tiles of the longest context
 
 
 @pytest.mark.parametrize(
