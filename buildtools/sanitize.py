@@ -1,4 +1,6 @@
-"""Run compute-sanitizer's tools over a GPU program: `python buildtools/sanitize.py PROGRAM --out FILE.json`.
+"""Run compute-sanitizer's tools over a GPU program and kernel tests:
+
+    python buildtools/sanitize.py PROGRAM --tests --out FILE.json
 
 PROGRAM prints one line for each case, "OK ..." or "FAIL ...", as flashmla_decode_smoke does. Exit code 1 if a tool
 finds an error, or a case fails under it.
@@ -7,11 +9,13 @@ finds an error, or a case fails under it.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,20 @@ SUMMARY = re.compile(
     r"^========= (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warnings?\))", re.MULTILINE
 )
 FINDING = re.compile(r"^========= +(?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK SUMMARY)(\S.*)$", re.MULTILINE)
+PYTEST = re.compile(r"^(?:\d+ \w+, )*\d+ \w+ in [\d.]+s", re.MULTILINE)  # pytest's last line, of `-q`
 SHOWN_LINES = 40
+
+# In Python only our kernels are watched. Not by initcheck, which would then not see what torch's kernels wrote.
+TESTED_TOOLS = ("memcheck", "racecheck", "synccheck")
+WATCHED = ("--kernel-regex", "kns=flashmla")
+TESTS = (
+    "tests/kernels/test_decode.py::test_queries_outnumber_tokens_without_a_mask",
+    "tests/kernels/test_decode.py::test_inputs_may_be_views",
+    "tests/kernels/test_decode.py::test_drop_in",
+    "tests/kernels/test_decode.py::test_empty_batch",
+    "tests/kernels/test_decode.py::test_edge_lengths[65]",
+    "tests/kernels/test_decode.py::test_edge_lengths[513]",
+)
 
 
 def judge(output: str, exit_code: int) -> dict[str, Any]:
@@ -28,11 +45,12 @@ def judge(output: str, exit_code: int) -> dict[str, Any]:
     summary = SUMMARY.search(output)
     errors = summary and int(summary[1] or summary[2] or 0)
     lines = output.splitlines()
+    tests = [int(n) for line in PYTEST.findall(output) for n in re.findall(r"(\d+) (?:passed|failed)", line)]
     return {
         "errors": errors,
         "warnings": int(summary[3] or 0) if summary else 0,
         "exit_code": exit_code,
-        "cases": sum(line.startswith(("OK ", "FAIL ")) for line in lines),
+        "cases": sum(line.startswith(("OK ", "FAIL ")) for line in lines) + sum(tests),
         "failed_cases": [line for line in lines if line.startswith("FAIL ")],
         "findings": FINDING.findall(output)[:SHOWN_LINES],
     }
@@ -42,20 +60,34 @@ def is_clean(verdict: dict[str, Any]) -> bool:
     return verdict["errors"] == 0 and verdict["exit_code"] == 0 and verdict["cases"] > 0
 
 
-def run(sanitizer: str, tool: str, program: Path, timeout: float) -> dict[str, Any]:
+def run(command: Sequence[str | Path], timeout: float) -> dict[str, Any]:
     start = time.time()
-    command = [sanitizer, "--tool", tool, str(program)]
+    # Without torch's cache each tensor has an allocation of its own, and reading past its end is noticed.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment
+        )
         output, exit_code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as stopped:
         output, exit_code = (stopped.stdout or b"").decode(errors="replace"), -1
     return {**judge(output, exit_code), "seconds": round(time.time() - start, 1)}
 
 
+def report(name: str, verdict: dict[str, Any]) -> dict[str, Any]:
+    print(
+        f"{'OK' if is_clean(verdict) else 'FAIL'} {name}: {verdict['errors']} errors, {verdict['warnings']} "
+        f"warnings, {verdict['cases']} cases, {len(verdict['failed_cases'])} failed, exit code "
+        f"{verdict['exit_code']}, {verdict['seconds']} s",
+        flush=True,
+    )
+    return verdict
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run compute-sanitizer's tools over a GPU program.")
+    parser = argparse.ArgumentParser(description="Run compute-sanitizer's tools over a GPU program and kernel tests.")
     parser.add_argument("program", type=Path)
+    parser.add_argument("--tests", action="store_true", help="also over some tests of tests/kernels")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--out", type=Path, help="write a JSON report")
     parser.add_argument("--commit", help="for the report, where git cannot tell")
@@ -67,15 +99,15 @@ def main() -> None:
     if not arguments.program.is_file():
         parser.error(f"{arguments.program} is not there: build it with `cmake -S kernels -B build/kernels ...`")
 
+    tools = arguments.tools.split(",")
     verdicts = {}
-    for tool in arguments.tools.split(","):
-        verdict = verdicts[tool] = run(sanitizer, tool, arguments.program.resolve(), arguments.timeout)
-        print(
-            f"{'OK' if is_clean(verdict) else 'FAIL'} {tool}: {verdict['errors']} errors, {verdict['warnings']} "
-            f"warnings, {verdict['cases']} cases, {len(verdict['failed_cases'])} failed, exit code "
-            f"{verdict['exit_code']}, {verdict['seconds']} s",
-            flush=True,
-        )
+    for tool in tools:
+        command = [sanitizer, "--tool", tool, arguments.program.resolve()]
+        verdicts[tool] = report(tool, run(command, arguments.timeout))
+    tested = [tool for tool in tools if arguments.tests and tool in TESTED_TOOLS]
+    for tool in tested:
+        command = [sanitizer, "--tool", tool, *WATCHED, sys.executable, "-m", "pytest", "-q", *TESTS]
+        verdicts[f"{tool}, tests"] = report(f"{tool}, tests", run(command, arguments.timeout))
     if arguments.out:
         import torch
 

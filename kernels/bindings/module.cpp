@@ -72,7 +72,7 @@ flashmla_decode_params decode_params(int dtype, std::array<int, 4> shape, int pa
                                      int64_t block_table_stride, uintptr_t out, uintptr_t lse,
                                      uintptr_t stream) {
   flashmla_decode_params p{};
-  p.dtype = static_cast<flashmla_dtype>(dtype);
+  p.dtype = dtype;
   p.batch = shape[0];
   p.s_q = shape[1];
   p.h_q = shape[2];

@@ -51,6 +51,7 @@ def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
         assert plan.seq_lens.tolist() == [length + added for length in lens]
         fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
         assert str(plan) == str(fresh)
+    assert buffers.block_table.shape == (4, 5)  # tiles of the longest context
 
 
 @pytest.mark.parametrize(

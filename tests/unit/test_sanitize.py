@@ -22,6 +22,26 @@ OK decode, 16 heads: 0 of 9 values out of bounds
 """
 
 
+PYTEST = """========= COMPUTE-SANITIZER
+....
+4 passed, 1 skipped in 12.34s
+========= ERROR SUMMARY: 0 errors
+"""
+
+
+def test_tests_are_counted() -> None:
+    assert sanitize.judge(PYTEST, 0)["cases"] == 4 and sanitize.is_clean(sanitize.judge(PYTEST, 0))
+    failed = PYTEST.replace("4 passed", "1 failed, 3 passed")
+    assert sanitize.judge(failed, 1)["cases"] == 4 and not sanitize.is_clean(sanitize.judge(failed, 1))
+    assert not sanitize.is_clean(sanitize.judge(PYTEST.replace("4 passed, 1", "5"), 0))  # all skipped
+
+
+def test_the_tests_are_there() -> None:
+    for name in sanitize.TESTS:
+        file, _, function = name.partition("[")[0].partition("::")
+        assert f"def {function}(" in (Path(sanitize.__file__).parents[1] / file).read_text()
+
+
 def test_clean() -> None:
     verdict = sanitize.judge(CLEAN, 0)
     assert sanitize.is_clean(verdict)
@@ -60,6 +80,11 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "OK memcheck: 0 errors, 0 warnings, 2 cases" in done.stdout
     assert "FAIL racecheck: 2 errors, 1 warnings, 1 cases" in done.stdout
+    assert "tests" not in done.stdout
+    done = subprocess.run(
+        [*command, "--tests"], env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, capture_output=True, text=True
+    )
+    assert "OK memcheck, tests: 0 errors" in done.stdout and "FAIL racecheck, tests: 2 errors" in done.stdout
     program.unlink()
     done = subprocess.run(command, env={"PATH": f"{tmp_path}:/bin:/usr/bin"}, capture_output=True, text=True)
     assert done.returncode == 2 and "program is not there: build it with" in done.stderr

@@ -18,31 +18,32 @@ typedef enum flashmla_dtype {
   FLASHMLA_FP16 = 1,
 } flashmla_dtype;
 
-// One part of q; strides in elements, multiples of 8; columns contiguous.
+// One part of q; strides in elements, multiples of 8 from 0 up, less than 2^39; columns contiguous.
 typedef struct flashmla_query {
   const void* data;
   int64_t batch_stride, token_stride, head_stride;
 } flashmla_query;
 
 typedef struct flashmla_decode_params {
-  flashmla_dtype dtype;
-  int batch, s_q, h_q, h_kv;
-  int page_size;  // a multiple of 64
+  int dtype;  // a flashmla_dtype; any number may come in, which an enum could not hold
+  int batch, s_q, h_q, h_kv;  // h_kv up to 65535 divides h_q; batch * s_q * h_q fits an int
+  int page_size;              // a multiple of 64
   int num_pages;
-  int num_parts;
+  int num_parts;        // 1 .. 65535
   int causal;           // bottom-right mask: query i sees tokens up to len - s_q + i
   float softmax_scale;  // > 0
 
-  // q_latent, q_rope, kv, out, partial_out are 16-byte aligned.
+  // q_latent, q_rope, kv, out, partial_out are 16-byte aligned. With a batch of 0 no pointer and no
+  // stride is looked at.
   flashmla_query q_latent;  // columns 0 .. 511 of q
   flashmla_query q_rope;    // columns 512 .. 575; the two may lie anywhere
   const void* kv;
   int64_t kv_page_stride, kv_row_stride,
-      kv_head_stride;  // in elements, multiples of 8; columns contiguous
+      kv_head_stride;  // in elements, multiples of 8 from 8 up, less than 2^39; columns contiguous
 
   const int32_t* seq_lens;     // [B]
   const int32_t* block_table;  // [B, block_table_stride]
-  int64_t block_table_stride;
+  int64_t block_table_stride;  // 0 or more
 
   const int32_t* items;          // [.., 4] request, page_begin, page_end, split; 16-byte aligned
   const int32_t* part_offsets;   // [num_parts + 1]
