@@ -44,6 +44,46 @@ def attend(fixture: Any, rows: int) -> torch.Tensor:
     return out
 
 
+def test_queries_and_rows_in_two_parts(fixture: Any) -> None:
+    backend, batch, layer = fixture.backend, fixture.forward_batch, fixture.actual_module.attn_mqa
+    backend.init_forward_metadata(batch)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(3, heads, 576, generator=generator).to(SHAPE["dtype"]) for heads in (HEADS, 1))
+    cache = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+    whole = backend.forward_decode(q.flatten(1), k, k[..., :512], layer, batch)
+    written = cache.clone()
+    cache[batch.out_cache_loc] = 0
+
+    # As SGLang makes the latent part: heads outermost in memory.
+    latent = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1)
+    parts = {"q_rope": q[..., 512:], "k_rope": k[..., 512:]}
+    apart = backend.forward_decode(latent, k[..., :512], k[..., :512], layer, batch, **parts)
+    assert torch.equal(cache, written) and cache[batch.out_cache_loc].any()
+    assert torch.equal(apart, whole) and whole.any()
+
+
+def test_parts_of_prompts_are_joined(registered: None) -> None:
+    prompts = case(ForwardMode.EXTEND, 64, (0, 63, 130), (5, 2, 70))
+    fixture = kit.build_mla_attention_fixture(NothingMaySkip, prompts, **SHAPE)
+    backend, batch, layer = fixture.backend, fixture.forward_batch, fixture.actual_module.attn_mqa
+    backend.init_forward_metadata(batch)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(77, heads, 576, generator=generator).to(SHAPE["dtype"]) for heads in (HEADS, 1))
+    whole = backend.forward_extend(q, k, k[..., :512], layer, batch)
+    parts = {"q_rope": q[..., 512:], "k_rope": k[..., 512:]}
+    apart = backend.forward_extend(q[..., :512], k[..., :512], k[..., :512], layer, batch, **parts)
+    assert torch.equal(apart, whole) and whole.any()
+
+
+def test_queries_come_whole_where_sglang_scales_only_those(fixture: Any) -> None:
+    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS as GIVEN_PARTS
+
+    assert "flashmla" in GIVEN_PARTS
+    fixture.runner.model_config.hf_text_config.llama_4_scaling = {"beta": 0.1}
+    type(fixture.backend)(fixture.runner)
+    assert "flashmla" not in GIVEN_PARTS
+
+
 def test_rows_added_after_planning_are_zero(fixture: Any) -> None:
     fixture.backend.init_forward_metadata(fixture.forward_batch)
     exact, padded = attend(fixture, 3), attend(fixture, 5)
