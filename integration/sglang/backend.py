@@ -15,6 +15,7 @@ from flashmla_backend.paging import D_QK, D_V
 from flashmla_backend.schedule import TILE_TOKENS
 from flashmla_backend.selfcheck import check_decode
 
+from ..planner import StepPlanner
 from . import LOGGER_NAME, compat
 from .prefill import PrefillBackend
 from .refusals import check_runner
@@ -43,6 +44,8 @@ class FlashMLABackend(PrefillBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.h_q = compat.query_heads(model_runner)
         self.added = added
+        longest = 1 if added else compat.draft_tokens(model_runner)
+        self.planner = StepPlanner(self.req_to_token.device, h_q=self.h_q, page_size=TILE_TOKENS, longest_query=longest)
         self._eager: StepBuffers | None = None
         self._captured: StepBuffers | None = None
         if compat.scales_queries(model_runner):
@@ -61,19 +64,19 @@ class FlashMLABackend(PrefillBackend):
         elif forward_batch.batch_size:
             if self._eager is None or self._eager.rows < forward_batch.batch_size:
                 power_of_two = 1 << (forward_batch.batch_size - 1).bit_length()  # so that they rarely grow
-                self._eager = StepBuffers(self.req_to_token, power_of_two, self.h_q)
+                self._eager = StepBuffers(self.req_to_token, power_of_two, self.planner)
             self.forward_metadata = self._plan(self._eager, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         # Graphs keep the addresses they were captured with: these buffers are never replaced by larger ones.
         if self._captured is None:
-            self._captured = StepBuffers(self.req_to_token, max_bs, self.h_q)
+            self._captured = StepBuffers(self.req_to_token, max_bs, self.planner)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if is_prompt(forward_batch.forward_mode):
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
         elif in_capture:
-            self._graph_buffers(forward_batch).reserve(query_tokens(forward_batch))
+            self._graph_buffers(forward_batch).reserve(forward_batch.batch_size, query_tokens(forward_batch))
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         if is_prompt(forward_batch.forward_mode):
@@ -151,7 +154,7 @@ class FlashMLABackend(PrefillBackend):
     ) -> torch.Tensor:
         if not is_prompt(forward_batch.forward_mode):
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, k_rope=k_rope)
-        if q_rope is not None:  # SGLang's backend takes them whole
+        if q_rope is not None and k_rope is not None:  # SGLang's backend takes them whole
             q, k = torch.cat([q, q_rope], dim=-1), torch.cat([k, k_rope], dim=-1)
         out: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **of_prompts)
         return out

@@ -122,6 +122,11 @@ def speculation(model_runner: Any) -> Any:
     return context.get_spec() if hasattr(context, "get_spec") else model_runner.server_args
 
 
+def draft_tokens(model_runner: Any) -> int:
+    """Tokens per request that a step verifies; 1 without speculation."""
+    return int(speculation(model_runner).speculative_num_draft_tokens or 1)
+
+
 def _moved(found: str, what: str) -> str:
     return (
         f"SGLang {found} differs from what is known of it: {what}; install a release from "

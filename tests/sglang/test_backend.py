@@ -98,22 +98,27 @@ def test_an_idle_rank_plans_nothing(fixture: Any) -> None:
     assert fixture.backend.forward_metadata is None
 
 
-def test_graphs_of_all_batch_sizes_read_the_same_buffers(fixture: Any) -> None:
+def test_graphs_find_their_buffers_where_they_were_captured(fixture: Any) -> None:
     backend, batch = fixture.backend, fixture.forward_batch
     backend.init_cuda_graph_state(max_bs=3, max_num_tokens=3)
-    addresses = set()
-    for size in (3, 1, 2):
+
+    def plan_in_graph(size: int) -> list[int]:
         batch.batch_size = size
-        backend.init_forward_metadata_out_graph(batch, in_capture=True)
         backend.init_forward_metadata_in_graph(batch)
         plan = backend.forward_metadata
         assert plan.batch == size
-        addresses.add((plan.seq_lens.data_ptr(), plan.block_table.data_ptr(), plan.items.data_ptr()))
+        return [tensor.data_ptr() for tensor in (plan.seq_lens, plan.block_table, plan.items, plan.partial_out)]
+
+    captured = {}
+    for size in (3, 1, 2):
+        batch.batch_size = size
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        captured[size] = plan_in_graph(size)
+    batch.batch_size = 3
+    backend.init_forward_metadata(batch)  # a step without a graph in between
     backend.init_cuda_graph_state(max_bs=1, max_num_tokens=1)  # another runner's: captured graphs stay valid
-    backend.init_forward_metadata_in_graph(batch)
-    plan = backend.forward_metadata
-    addresses.add((plan.seq_lens.data_ptr(), plan.block_table.data_ptr(), plan.items.data_ptr()))
-    assert len(addresses) == 1
+    assert {size: plan_in_graph(size) for size in captured} == captured
+    assert len({buffers[0] for buffers in captured.values()}) == 1
 
 
 def test_a_wrong_decode_is_noticed_at_the_start(fixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
