@@ -22,7 +22,7 @@ WARM_UPS = 4  # requests before each load
 class Sglang(Engine):
     backends = ("flashmla", "triton", "fa3", "flashinfer", "torch_native")
     on_gpu = "ours,triton"  # its flashmla needs FlashInfer for prompts
-    who_serves = re.compile(r"(?<!_)attention_backend='\w+'")
+    who_serves = re.compile(r"(?<!_)attention_backend'?(=|: )'\w+'")
     load_module = "flashmla_backend.bench.serve.sglang_load"
 
     def check_installed(self) -> None:
