@@ -62,11 +62,14 @@ def answer_of(output: dict[str, Any]) -> Answer:
 
 
 def compare(first: list[Answer], second: list[Answer]) -> dict[str, float]:
-    """Logprob differences of the tokens that both chose, up to where the answers part."""
+    """Logprob differences of two greedy runs, token by token while both have the same tokens before it.
+
+    The first token in which two answers part still counts: each is the likeliest one, so in likelihood they are close.
+    """
     differences: list[float] = []
     for a, b in zip(first, second, strict=True):
-        both = [*takewhile(lambda pair: pair[0] == pair[1], zip(a["ids"], b["ids"], strict=False))]
-        pairs = zip(a["logprobs"][: len(both)], b["logprobs"][: len(both)], strict=True)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a["ids"], b["ids"], strict=False)))
+        pairs = zip(a["logprobs"][: same + 1], b["logprobs"][: same + 1], strict=False)
         differences += [abs(x - y) for x, y in pairs]
     return {
         "tokens_compared": len(differences),
@@ -78,6 +81,12 @@ def compare(first: list[Answer], second: list[Answer]) -> dict[str, float]:
 
 def words(compared: dict[str, float]) -> str:
     return (
-        f"{compared['tokens_compared']} of {compared['tokens']} tokens before the answers part; logprobs differ by "
+        f"{compared['tokens_compared']} of {compared['tokens']} tokens until the answers part; logprobs differ by "
         f"{compared['mean']:.4f} in the mean, {compared['max']:.4f} at most"
     )
+
+
+def far_off(compared: dict[str, dict[str, float]], bound: float) -> list[str]:
+    """The comparisons whose mean is not within `bound`, in words."""
+    wrong = {name: seen["mean"] for name, seen in compared.items() if not seen["mean"] <= bound}
+    return [f"{name}: logprobs differ by {mean:.4f} in the mean, bound {bound}" for name, mean in wrong.items()]

@@ -7,7 +7,7 @@ backend, in processes of its own with a time limit, on the same locally made Dee
 layers (an engine's step of a small model is bound by the host). First correctness: 32 prompts of mixed lengths, decoded
 greedily; backends are compared with the first over the tokens up to where their answers part. Then the time of a step:
 decoding N tokens less decoding one, from a filled prefix cache, in CUDA graphs unless --eager. The report is written
-after every backend. Exit code 1 if one of them failed.
+after every backend. Exit code 1 if one of them failed, or its logprobs differ by more than --bound in the mean.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--longest-prompt", type=int, default=1500)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--limit", type=float, default=180, help="seconds per backend")
+    parser.add_argument("--bound", type=float, default=0.2, help="mean difference in logprobs from the first backend")
     parser.add_argument("--logs", type=Path, default=Path("sglang-decode-logs"))
     parser.add_argument("--out", type=Path, default=Path("sglang-decode.json"))
     parser.add_argument("--commit", help="for the report, where git cannot tell")
@@ -98,6 +99,8 @@ def main() -> int:
         if problem:
             report["notes"].append(f"{backend}: {problem}")
         write(report, asked.out)
+    report["notes"] += common.far_off(report["compared"], asked.bound)
+    write(report, asked.out)
     print_report(report, backends)
     return 1 if report["notes"] else 0
 
