@@ -1,11 +1,13 @@
 """SGLang's decode on one GPU with different attention backends: the same logprobs? how long a step?
 
-    python benchmarks/sglang_decode.py --backends triton,flashmla --out sglang.json
+    python benchmarks/sglang_decode.py --backends triton,flashmla,ours --out sglang-decode.json
 
-One engine per backend, in a process of its own with a time limit, on the same locally made DeepSeek-V2-shaped model of
-many thin layers (an engine's step of a small model is bound by the host). First correctness: 32 prompts of mixed
-lengths, decoded greedily; two backends are compared over the tokens up to where their answers part. Then the time of a
-step: decoding N tokens less decoding one, from a filled prefix cache, in CUDA graphs unless --eager.
+Backends: `ours`, `flashmla` (SGLang's own decode, prompts on Triton) and others by SGLang's names. One engine per
+backend, in processes of its own with a time limit, on the same locally made DeepSeek-V2-shaped model of many thin
+layers (an engine's step of a small model is bound by the host). First correctness: 32 prompts of mixed lengths, decoded
+greedily; backends are compared with the first over the tokens up to where their answers part. Then the time of a step:
+decoding N tokens less decoding one, from a filled prefix cache, in CUDA graphs unless --eager. The report is written
+after every backend. Exit code 1 if one of them failed, or its logprobs differ by more than --bound in the mean.
 """
 
 from __future__ import annotations
@@ -14,27 +16,33 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import takewhile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import sglang_common as common
+import torch
+
+from flashmla_backend.bench import machine
+from flashmla_backend.bench.child import last_lines
+from flashmla_backend.bench.provenance import provenance, write
 from flashmla_backend.checkpoint import make_checkpoint
-from flashmla_backend.integration.sglang import cpu
+from flashmla_backend.sglang_engine import IDLE_YARN, distribution
 
-cpu.prepare()  # does nothing on a GPU; SGLang's workers import this file anew
+common.prepare()
 
-FIRST_TEXT_TOKEN, LAST_TEXT_TOKEN = 6, 500
 ANSWER_TOKENS = 64
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", default="triton,flashmla")
+    parser.add_argument("--backends", default="triton,flashmla,ours")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--heads", type=int, default=16)
@@ -44,7 +52,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--longest-prompt", type=int, default=1500)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--limit", type=float, default=180, help="seconds per backend")
-    parser.add_argument("--out", type=Path, default=Path("sglang_decode.json"))
+    parser.add_argument("--bound", type=float, default=0.2, help="mean difference in logprobs from the first backend")
+    parser.add_argument("--logs", type=Path, default=Path("sglang-decode-logs"))
+    parser.add_argument("--out", type=Path, default=Path("sglang-decode.json"))
+    parser.add_argument("--commit", help="for the report, where git cannot tell")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one backend, in a child: its answer's file
     parser.add_argument("--model", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -53,7 +64,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     asked = arguments()
     if asked.run:
-        Path(asked.run).write_text(json.dumps(measure(asked)))
+        measure(asked)
         return 0
     folder = Path(tempfile.mkdtemp())
     model = make_checkpoint(
@@ -67,31 +78,62 @@ def main() -> int:
             "num_key_value_heads": asked.heads,
         },
     )
-    backends = asked.backends.split(",")
-    runs: dict[str, Any] = {}
-    for number, backend in enumerate(backends):
-        answer = folder / f"{number}.json"
-        command = [sys.executable, __file__, *sys.argv[1:], "--backends", backend]
-        started = time.time()
-        try:
-            subprocess.run([*command, "--run", str(answer), "--model", str(model)], timeout=asked.limit, check=False)
-        except subprocess.TimeoutExpired:
-            print(f"{backend}: not done after {asked.limit:.0f} s", flush=True)
-        if answer.exists():
-            runs[backend] = json.loads(answer.read_text())
-            print(f"{backend}: done in {time.time() - started:.0f} s", flush=True)
-    compared = {
-        backend: compare(runs[backends[0]]["answers"], runs[backend]["answers"])
-        for backend in backends[1:]
-        if backends[0] in runs and backend in runs
+    device = machine.describe(torch.device(asked.device))[0]
+    report: dict[str, Any] = {
+        **provenance(device, sys.argv, asked.commit),
+        "sglang": distribution(),
+        **{name: getattr(asked, name) for name in ("layers", "heads", "steps", "repeats", "eager")},
+        "runs": {},
+        "compared": {},
+        "notes": [],
     }
-    report = {"arguments": {k: str(v) for k, v in vars(asked).items()}, "runs": runs, "compared": compared}
-    asked.out.write_text(json.dumps(report, indent=1))
+    backends = asked.backends.split(",")
+    answers: dict[str, list[common.Answer]] = {}
+    for number, backend in enumerate(backends):
+        found, problem = run_child(asked, backend, model, folder / f"{number}.json")
+        if "answers" in found:
+            answers[backend] = found["answers"]
+            report["runs"][backend] = {"steps": found["steps"]}
+            if backend != backends[0] and backends[0] in answers:
+                report["compared"][backend] = common.compare(answers[backends[0]], answers[backend])
+        if problem:
+            report["notes"].append(f"{backend}: {problem}")
+        write(report, asked.out)
+    report["notes"] += common.far_off(report["compared"], asked.bound)
+    write(report, asked.out)
     print_report(report, backends)
-    return 0 if set(runs) == set(backends) else 1
+    return 1 if report["notes"] else 0
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
+def run_child(asked: argparse.Namespace, backend: str, model: Path, answer: Path) -> tuple[dict[str, Any], str | None]:
+    """What one backend answered, as far as it came, and what went wrong. Its processes end with it."""
+    asked.logs.mkdir(parents=True, exist_ok=True)
+    log, started = asked.logs / f"{backend}.log", time.monotonic()
+    command = [sys.executable, __file__, *sys.argv[1:], "--backends", backend]
+    environment = {**os.environ, **common.selection(backend)[1]}
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*command, "--run", str(answer), "--model", str(model)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            problem = f"ended with code {code}" if (code := process.wait(asked.limit)) else None
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {asked.limit:.0f} s"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a worker may outlive the engine, and hold its memory
+    print(f"{backend}: {problem or 'done'} in {time.monotonic() - started:.0f} s", flush=True)
+    found = json.loads(answer.read_text()) if answer.exists() else {}
+    return found, f"{problem} ({log}):\n{last_lines(log)}" if problem else None
+
+
+def measure(asked: argparse.Namespace) -> None:
+    """Answers and step times of one backend into the file `asked.run`, written after each shape."""
     from sglang.srt.entrypoints.engine import Engine
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in asked.shapes.split(",")]
@@ -101,7 +143,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         model_path=asked.model,
         device=asked.device,
         dtype="bfloat16",
-        attention_backend=asked.backends,
+        **common.selection(asked.backends)[0],
         page_size=64,
         context_length=max(tokens for _, tokens in shapes) + 1024,
         max_total_tokens=max(slots, 32 * (asked.longest_prompt + 256)),
@@ -114,19 +156,18 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         mm_feature_transport="cpu",
         **graph_arguments(asked, sorted({1, 4, 16, 32, *(requests for requests, _ in shapes)})),
     )
-    answered = answers(engine, asked.longest_prompt)
-    steps = {
-        f"{requests}x{tokens}": time_steps(engine, requests, tokens, asked.steps, asked.repeats)
-        for requests, tokens in shapes
-    }
+    done: dict[str, Any] = {"answers": answers(engine, asked.longest_prompt), "steps": {}}
+    for requests, tokens in shapes:
+        Path(asked.run).write_text(json.dumps(done))
+        done["steps"][f"{requests}x{tokens}"] = time_steps(engine, requests, tokens, asked.steps, asked.repeats)
+    Path(asked.run).write_text(json.dumps(done))
     engine.shutdown()
-    return {"answers": answered, "steps": steps}
 
 
 def graph_arguments(asked: argparse.Namespace, batch_sizes: list[int]) -> dict[str, Any]:
     """Prompts run without graphs for every backend: they are not what is measured."""
     if asked.device == "cpu":
-        return {"json_model_override_args": json.dumps(idle_yarn())}
+        return {"json_model_override_args": json.dumps(IDLE_YARN)}
     if asked.eager:
         return {"disable_prefill_cuda_graph": True, "disable_decode_cuda_graph": True}
     return {
@@ -136,25 +177,18 @@ def graph_arguments(asked: argparse.Namespace, batch_sizes: list[int]) -> dict[s
     }
 
 
-def idle_yarn() -> dict[str, Any]:
-    from flashmla_backend.sglang_engine import IDLE_YARN
-
-    return IDLE_YARN
-
-
-def answers(engine: Any, longest: int) -> list[dict[str, Any]]:
-    """Greedy answers to 32 prompts at once: token ids and their logprobs."""
+def answers(engine: Any, longest: int) -> list[common.Answer]:
+    """Greedy answers to 32 prompts at once."""
     chosen = random.Random(0)
-    prompts = [prompt(chosen.randint(1, longest), seed) for seed in range(32)]
+    prompts = [common.prompt(chosen.randint(1, longest), seed) for seed in range(32)]
     sampling = {"temperature": 0, "max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
     outputs = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True)
-    found = [output["meta_info"]["output_token_logprobs"] for output in outputs]  # (logprob, id, text) of each token
-    return [{"ids": [t[1] for t in tokens], "logprobs": [t[0] for t in tokens]} for tokens in found]
+    return [common.answer_of(output) for output in outputs]
 
 
 def time_steps(engine: Any, requests: int, tokens: int, steps: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of a decode step, median and all repeats."""
-    prompts = [prompt(tokens, 1000 + seed) for seed in range(requests)]
+    prompts = [common.prompt(tokens, 1000 + seed) for seed in range(requests)]
 
     def seconds(new_tokens: int) -> float:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
@@ -169,40 +203,18 @@ def time_steps(engine: Any, requests: int, tokens: int, steps: int, repeats: int
     return {"median_ms": statistics.median(taken), "all_ms": taken}
 
 
-def prompt(length: int, seed: int) -> list[int]:
-    return random.Random(f"{length} {seed}").choices(range(FIRST_TEXT_TOKEN, LAST_TEXT_TOKEN), k=length)
-
-
-def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, float]:
-    """Logprob differences of the tokens that both chose, up to where the answers part."""
-    differences, same = [], 0
-    for a, b in zip(first, second, strict=True):
-        both = [*takewhile(lambda pair: pair[0] == pair[1], zip(a["ids"], b["ids"], strict=True))]
-        same += len(both)
-        pairs = zip(a["logprobs"][: len(both)], b["logprobs"][: len(both)], strict=True)
-        differences += [abs(x - y) for x, y in pairs]
-    return {
-        "tokens_compared": same,
-        "tokens": len(first) * ANSWER_TOKENS,
-        "mean": statistics.fmean(differences),
-        "max": max(differences),
-    }
-
-
 def print_report(report: dict[str, Any], backends: list[str]) -> None:
+    for note in report["notes"]:
+        print(note)
     for backend, seen in report["compared"].items():
-        print(
-            f"{backend} against {backends[0]}: {seen['tokens_compared']} of {seen['tokens']} tokens before the answers "
-            f"part; logprobs differ by {seen['mean']:.4f} in the mean, {seen['max']:.4f} at most"
-        )
+        print(f"{backend} against {backends[0]}: {common.words(seen)}")
     runs = {backend: run["steps"] for backend, run in report["runs"].items()}
-    shapes: dict[str, Any] = next(iter(runs.values()), {})
+    shapes = dict.fromkeys(shape for steps in runs.values() for shape in steps)
     print("ms a step".ljust(12) + "".join(backend.rjust(12) for backend in runs))
     for shape in shapes:
-        print(shape.ljust(12) + "".join(f"{steps[shape]['median_ms']:12.2f}" for steps in runs.values()))
+        times = (f"{steps[shape]['median_ms']:12.3f}" if shape in steps else " " * 12 for steps in runs.values())
+        print(shape.ljust(12) + "".join(times))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     sys.exit(main())

@@ -58,7 +58,7 @@ class SglangServer(Server):
             *(sys.executable, "-m", "flashmla_backend.integration.sglang.server"),
             *("--model-path", self.model, "--served-model-name", self.name),
             *("--host", self.host, "--port", str(self.port)),
-            *("--attention-backend", "flashmla"),
+            *("--attention-backend", self.attention_backend),
             *(("--device", "cpu", "--sleep-on-idle") if runs_on_cpu() else ()),  # an idle server takes a core else
             *self.arguments,
         ]

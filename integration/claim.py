@@ -48,5 +48,17 @@ def check_version(engine: str, found: str, oldest: tuple[int, ...], newest: tupl
         raise Unsupported(f"{engine} {found} is not supported; {engine} {accepted} works: {way_out}")
 
 
+def check_gpu(engine: str, name: str, capability: tuple[int, int]) -> None:
+    """Raises Unsupported unless our own kernels run on a GPU of this name and compute capability."""
+    from flashmla_backend.dispatch import why_no_kernels
+
+    if reason := why_no_kernels(capability):
+        raise Unsupported(
+            f"{name} (compute capability {capability[0]}.{capability[1]}) has no decode kernels that {engine} could "
+            f"capture in a CUDA graph: {reason}, and FlashInfer, which the Python API uses on other GPUs, plans on the "
+            "host"
+        )
+
+
 def _dotted(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))

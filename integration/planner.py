@@ -17,13 +17,14 @@ class StepPlanner:
     device: of the lengths and block tables.
     h_q: query heads.
     page_size: tokens per page of the cache.
-    longest_query: most new tokens of a request in a step.
+    longest_query: most new tokens of a request in a step; steps of more have workspaces of their own.
     """
 
     def __init__(self, device: torch.device, *, h_q: int, page_size: int, longest_query: int):
         num_sms = default_num_sms(device)
         sizes = [workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms) for s_q in range(1, longest_query + 1)]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
+        self.longest_query = longest_query
         self._plan_decode = partial(plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms)
         self._plans: dict[tuple[int, int], DecodePlan] = {}
 
@@ -35,5 +36,6 @@ class StepPlanner:
         shape = (seq_lens.shape[0], s_q)
         plan = self._plans.get(shape)
         if plan is None:
-            plan = self._plans[shape] = self._plan_decode(seq_lens, block_table, s_q=s_q, workspace=self.workspace)
+            workspace = self.workspace if s_q <= self.longest_query else None
+            plan = self._plans[shape] = self._plan_decode(seq_lens, block_table, s_q=s_q, workspace=workspace)
         return partial(self._plan_decode, seq_lens, block_table, s_q=s_q, reuse=plan)

@@ -17,10 +17,10 @@ def selection(backend: str) -> tuple[str, dict[str, str]]:
     return backend, {DISABLE_VARIABLE: "1"}
 
 
-def parse(text: str) -> list[str]:
-    """Names separated by commas. Raises InvalidArgument for one that is not known."""
+def parse(text: str, builtins: tuple[str, ...] = BUILTINS) -> list[str]:
+    """Names separated by commas. Raises InvalidArgument for one that is neither ours nor among the engine's own."""
     names = text.split(",")
     for name in names:
-        if name not in (OURS, *BUILTINS):
-            raise InvalidArgument(f"backends has {name!r}; accepted: {', '.join((OURS, *BUILTINS))}")
+        if name not in (OURS, *builtins):
+            raise InvalidArgument(f"backends has {name!r}; accepted: {', '.join((OURS, *builtins))}")
     return names

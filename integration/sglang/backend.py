@@ -15,6 +15,7 @@ from flashmla_backend.paging import D_QK, D_V
 from flashmla_backend.schedule import TILE_TOKENS
 from flashmla_backend.selfcheck import check_decode
 
+from ..planner import StepPlanner
 from . import LOGGER_NAME, compat
 from .prefill import PrefillBackend
 from .refusals import check_runner
@@ -43,8 +44,12 @@ class FlashMLABackend(PrefillBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.h_q = compat.query_heads(model_runner)
         self.added = added
+        longest = 1 if added else compat.draft_tokens(model_runner)
+        self.planner = StepPlanner(self.req_to_token.device, h_q=self.h_q, page_size=TILE_TOKENS, longest_query=longest)
         self._eager: StepBuffers | None = None
         self._captured: StepBuffers | None = None
+        if compat.scales_queries(model_runner):
+            compat.take_queries_whole()
         check_decode(self.req_to_token.device, model_runner.dtype, self.h_q)
         logger.info(
             "flashmla_backend %s serves MLA decode: %s, %d-token pages",
@@ -59,19 +64,19 @@ class FlashMLABackend(PrefillBackend):
         elif forward_batch.batch_size:
             if self._eager is None or self._eager.rows < forward_batch.batch_size:
                 power_of_two = 1 << (forward_batch.batch_size - 1).bit_length()  # so that they rarely grow
-                self._eager = StepBuffers(self.req_to_token, power_of_two, self.h_q)
+                self._eager = StepBuffers(self.req_to_token, power_of_two, self.planner)
             self.forward_metadata = self._plan(self._eager, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         # Graphs keep the addresses they were captured with: these buffers are never replaced by larger ones.
         if self._captured is None:
-            self._captured = StepBuffers(self.req_to_token, max_bs, self.h_q)
+            self._captured = StepBuffers(self.req_to_token, max_bs, self.planner)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if is_prompt(forward_batch.forward_mode):
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
         elif in_capture:
-            self._graph_buffers(forward_batch).reserve(query_tokens(forward_batch))
+            self._graph_buffers(forward_batch).reserve(forward_batch.batch_size, query_tokens(forward_batch))
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         if is_prompt(forward_batch.forward_mode):
@@ -94,21 +99,36 @@ class FlashMLABackend(PrefillBackend):
         return None
 
     def forward_decode(
-        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+        self,
+        q: torch.Tensor,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        *,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the new tokens over the latent cache.
 
-        q: [T, H_q * 576]; k: [T, 1, 576] to be written first, or None if it is in the cache already.
+        q: [T, H_q, 512], and q_rope [T, H_q, 64]; or q alone, [T, H_q * 576].
+        k: [T, 1, 512], and k_rope [T, 1, 64], or k alone, [T, 1, 576], to be written first; None if it is in the cache.
         Returns [T, H_q * 512] in q's dtype.
         """
         if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc), k, v)
+            self._write(layer, forward_batch.out_cache_loc, k, v, k_rope)
         plan: DecodePlan = self.forward_metadata
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)  # [slots, 1, 576]
         tiles = cache.shape[0] // TILE_TOKENS
         planned = plan.batch * plan.s_q
+
+        def of_requests(columns: torch.Tensor, width: int) -> torch.Tensor:
+            rows = columns.detach().view(-1, plan.h_q, width)[:planned]
+            return rows.unflatten(0, (plan.batch, plan.s_q))
+
         out, _ = mla_decode(
-            q.detach().view(-1, plan.h_q, D_QK)[:planned].unflatten(0, (plan.batch, plan.s_q)),
+            of_requests(q, D_QK) if q_rope is None else (of_requests(q, D_V), of_requests(q_rope, D_QK - D_V)),
             cache[: tiles * TILE_TOKENS].view(tiles, TILE_TOKENS, 1, D_QK),
             plan,
             softmax_scale=layer.scaling,
@@ -127,12 +147,25 @@ class FlashMLABackend(PrefillBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        *,
+        q_rope: torch.Tensor | None = None,
+        k_rope: torch.Tensor | None = None,
         **of_prompts: Any,
     ) -> torch.Tensor:
-        if is_prompt(forward_batch.forward_mode):
-            out: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **of_prompts)
-            return out
-        return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        if not is_prompt(forward_batch.forward_mode):
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, k_rope=k_rope)
+        if q_rope is not None and k_rope is not None:  # SGLang's backend takes them whole
+            q, k = torch.cat([q, q_rope], dim=-1), torch.cat([k, k_rope], dim=-1)
+        out: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **of_prompts)
+        return out
+
+    def _write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: Any, k_rope: torch.Tensor | None) -> None:
+        """New rows into the cache. SGLang has a kernel that takes their two parts, on GPUs only."""
+        if k_rope is not None and k.device.type == "cuda":
+            self.token_to_kv_pool.set_mla_kv_buffer(layer, slots, k, k_rope)
+            return
+        rows = k if k_rope is None else torch.cat([k, k_rope], dim=-1)
+        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots), rows, v)
 
     def _plan(self, buffers: StepBuffers, forward_batch: Any) -> DecodePlan:
         batch, s_q = forward_batch.batch_size, query_tokens(forward_batch)

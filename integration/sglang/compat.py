@@ -7,6 +7,7 @@ Differences between 0.5.15 and 0.5.23, and the one place that absorbs each:
     verify masks are asked for as buffers in 0.5.15-16    FlashMLABackend.get_verify_buffers_to_fill_after_draft
     the draft-extend backend of flashmla comes in 0.5.16  both it and the plain backend take draft-extend batches
     prefill is dispatched by name in all of them          plugin.claim_flashmla registers prefill.dispatch
+    so are backends that take q and k in two parts        take_queries_in_parts() enters ours
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ OLDEST = (0, 5, 15)
 NEWEST = (0, 5, 23)
 
 _ATTENTION = "sglang.srt.layers.attention"
+NAME = "flashmla"
 DRAFT_MODULE = f"{_ATTENTION}.flashmla_backend"  # where draft workers import their classes from, whoever serves
 
 # What we call or override, and the parameters that we rely on.
@@ -33,6 +35,7 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
         "handle_attention_triton": ("attn", "forward_batch"),
     },
     "sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods": {"AttnForwardMethod.MLA": ()},
+    "sglang.srt.models.deepseek_common.utils": {"FORWARD_ABSORB_CORE_ATTENTION_BACKENDS": ()},
     f"{_ATTENTION}.base_attn_backend": {
         "AttentionBackend.init_forward_metadata": ("forward_batch",),
         "AttentionBackend.init_forward_metadata_out_graph": ("forward_batch", "in_capture"),
@@ -47,6 +50,7 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
     "sglang.srt.mem_cache.memory_pool": {
         "KVWriteLoc": ("loc",),
         "MLATokenToKVPool.set_kv_buffer": ("layer", "loc_info", "cache_k", "cache_v"),
+        "MLATokenToKVPool.set_mla_kv_buffer": ("layer", "cache_k_nope", "cache_k_rope"),
         "MLATokenToKVPool.get_key_buffer": ("layer_id",),
     },
     "sglang.srt.runtime_context": {"get_parallel": ()},
@@ -90,10 +94,37 @@ def dcp_size() -> int:
     return int(import_module("sglang.srt.layers.dcp").get_attention_dcp_world_size())
 
 
+def take_queries_in_parts() -> None:
+    """Has SGLang's models hand over latent and rope columns as they are; else they join them for each layer."""
+    if NAME not in _backends_given_parts():
+        _backends_given_parts().append(NAME)
+
+
+def take_queries_whole() -> None:
+    """Undoes that, for all models of this process."""
+    if NAME in _backends_given_parts():
+        _backends_given_parts().remove(NAME)
+
+
+def scales_queries(model_runner: Any) -> bool:
+    """Whether the model scales queries by their position (Mistral Large 3), which SGLang does to whole ones only."""
+    return getattr(model_runner.model_config.hf_text_config, "llama_4_scaling", None) is not None
+
+
+def _backends_given_parts() -> list[str]:
+    names: list[str] = import_module("sglang.srt.models.deepseek_common.utils").FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
+    return names
+
+
 def speculation(model_runner: Any) -> Any:
     """What has the attributes `speculative_algorithm`, `speculative_eagle_topk`, ..."""
     context = import_module("sglang.srt.runtime_context")
     return context.get_spec() if hasattr(context, "get_spec") else model_runner.server_args
+
+
+def draft_tokens(model_runner: Any) -> int:
+    """Tokens per request that a step verifies; 1 without speculation."""
+    return int(speculation(model_runner).speculative_num_draft_tokens or 1)
 
 
 def _moved(found: str, what: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 
+import torch
+
 from flashmla_backend.errors import Unsupported
 
-from ..claim import DISABLE_VARIABLE, disabled
+from ..claim import DISABLE_VARIABLE, check_gpu, disabled
 from . import LOGGER_NAME, compat
+from .compat import NAME
 
 logger = logging.getLogger(LOGGER_NAME)
-
-NAME = "flashmla"
 
 
 def claim_flashmla() -> None:
@@ -28,6 +29,7 @@ def claim_flashmla() -> None:
         return
     compat.check_version(found)
     compat.check_internals(found)
+    _check_hardware()
     if served_by is not attention_registry.create_flashmla_backend:
         raise Unsupported(
             f"another plugin has already claimed flashmla for {served_by!r}; uninstall one of the two, or list the "
@@ -41,6 +43,7 @@ def claim_flashmla() -> None:
     backend_module = sys.modules[compat.DRAFT_MODULE] = draft
     assert backend_module.FlashMLABackend is backend.FlashMLABackend
     AttentionBackendRegistry.register(NAME, prefill.dispatch)
+    compat.take_queries_in_parts()
     attention_registry.ATTENTION_BACKENDS[NAME] = backend.FlashMLABackend
     logger.info("flashmla_backend: `--attention-backend flashmla` selects %s", backend.FlashMLABackend)
 
@@ -51,3 +54,14 @@ def owns_flashmla() -> bool:
 
     served_by = ATTENTION_BACKENDS.get(NAME)
     return getattr(served_by, "__module__", "").startswith(__package__)
+
+
+def _check_hardware() -> None:
+    """Without a GPU the CPU path serves."""
+    if not torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        raise Unsupported(
+            f"{torch.cuda.get_device_name()} is no NVIDIA GPU; flashmla_backend serves Hopper GPUs and CPUs"
+        )
+    check_gpu("SGLang", torch.cuda.get_device_name(), torch.cuda.get_device_capability())

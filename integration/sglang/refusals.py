@@ -39,7 +39,11 @@ def check_runner(model_runner: Any) -> None:
             f"takes a cache of the model's dtype and no FP8 yet; pass --kv-cache-dtype auto, or {WITHOUT_FLAG}"
         )
     if compat.dcp_size() > 1:
-        raise Unsupported(f"dcp_size is {compat.dcp_size()}; {FLAG} takes --dcp-size 1, or {WITHOUT_FLAG}")
+        raise Unsupported(
+            f"dcp_size is {compat.dcp_size()}; for prompts SGLang then gathers the ranks' shares of an MLA cache where "
+            f"only its FlashInfer backend looks for them, and with {FLAG} prompts run on its Triton backend; pass "
+            f"--dcp-size 1, or {WITHOUT_FLAG}"
+        )
     if getattr(model_runner.server_args, "enable_unified_memory", False):
         raise Unsupported(
             f"--enable-unified-memory makes cache slots virtual, and {FLAG} reads physical ones; drop one of the two"

@@ -1,4 +1,4 @@
-"""Once a step: the batch's rows of SGLang's token table become one plan, in buffers that never move.
+"""Once a step: the batch's rows of SGLang's token table become lengths and a block table, in buffers that never move.
 
 SGLang keeps, for each request, the cache slot of every token: `req_to_token [requests, context] int32`. Its allocator
 hands out whole pages, so with pages of a multiple of 64 tokens the slot of every 64th token names a tile.
@@ -8,34 +8,34 @@ from __future__ import annotations
 
 import torch
 
-from flashmla_backend import DecodePlan, plan_decode
+from flashmla_backend import DecodePlan
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.schedule import TILE_TOKENS
 
+from ..planner import StepPlanner
+
 
 class StepBuffers:
-    """Lengths, block table and schedules of up to `rows` requests.
+    """Lengths and block table of up to `rows` requests, and the plans made of them.
 
     Everything in `plan` is a kernel with shapes that the batch size alone decides, so it may be captured in a CUDA
     graph and then follows SGLang's buffers at every replay.
     """
 
-    def __init__(self, req_to_token: torch.Tensor, rows: int, h_q: int) -> None:
+    def __init__(self, req_to_token: torch.Tensor, rows: int, planner: StepPlanner) -> None:
         device = req_to_token.device
-        self.rows, self.h_q = rows, h_q
+        self.rows, self.planner = rows, planner
         self.req_to_token = req_to_token
         self.tile_starts = req_to_token[:, ::TILE_TOKENS]  # [requests, tiles], a view
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.block_table = torch.zeros((rows, self.tile_starts.shape[1]), dtype=torch.int32, device=device)
-        self._largest: dict[int, DecodePlan] = {}  # by query tokens per request, for all rows
 
-    def reserve(self, s_q: int) -> None:
-        """Allocate what plans for `s_q` query tokens per request need; a CUDA graph must not."""
-        if s_q not in self._largest:
-            self._largest[s_q] = plan_decode(torch.zeros_like(self.seq_lens), self.block_table, s_q=s_q, h_q=self.h_q)
+    def reserve(self, batch: int, s_q: int) -> None:
+        """Allocate what plans of `batch` requests with `s_q` query tokens each need; a CUDA graph must not."""
+        self.planner.step(self.seq_lens[:batch], self.block_table[:batch], s_q)
 
     def plan(self, requests: torch.Tensor, seq_lens: torch.Tensor, added: int, s_q: int) -> DecodePlan:
-        """One step's plan.
+        """One step's plan, which holds until the next of as many requests and query tokens.
 
         Args:
             requests: [B] int, rows of the token table.
@@ -43,7 +43,6 @@ class StepBuffers:
             added: how many more there are by the time that attention runs.
             s_q: query tokens per request.
         """
-        self.reserve(s_q)
         batch = requests.shape[0]
         lengths, table = self.seq_lens[:batch], self.block_table[:batch]
         lengths.copy_(seq_lens).add_(added)
@@ -51,7 +50,7 @@ class StepBuffers:
         if table.device.type == "cpu":
             check_contiguous(self.req_to_token[requests], lengths)
         table.div_(TILE_TOKENS, rounding_mode="floor")
-        return plan_decode(lengths, table, s_q=s_q, h_q=self.h_q, reuse=self._largest[s_q])
+        return self.planner.step(lengths, table, s_q)()
 
 
 def check_contiguous(slots: torch.Tensor, seq_lens: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flashmla_backend.errors import Unsupported
 
-from ..claim import DISABLE_VARIABLE, disabled
+from ..claim import DISABLE_VARIABLE, check_gpu, disabled
 from . import LOGGER_NAME, compat
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -84,14 +84,7 @@ def _check_hardware() -> None:
 
 
 def _check_gpu(platform: Any) -> None:
-    from flashmla_backend.dispatch import why_no_kernels
-
     capability = platform.get_device_capability()  # asked of the driver's library: CUDA stays uninitialised
     if capability is None:
         raise Unsupported("vLLM cannot tell the GPU's compute capability")
-    if reason := why_no_kernels((capability.major, capability.minor)):
-        raise Unsupported(
-            f"{platform.get_device_name()} (compute capability {capability.major}.{capability.minor}) has no decode "
-            f"kernels that vLLM could capture in a CUDA graph: {reason}, and FlashInfer, which the Python API uses on "
-            "other GPUs, plans on the host"
-        )
+    check_gpu("vLLM", platform.get_device_name(), (capability.major, capability.minor))

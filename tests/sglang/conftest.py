@@ -80,11 +80,12 @@ def registered() -> Iterator[None]:
     """flashmla is ours for the length of a test."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    from flashmla_backend.integration.sglang import register
+    from flashmla_backend.integration.sglang import compat, register
 
     before = dict(ATTENTION_BACKENDS)
     register()
     yield
+    compat.take_queries_whole()
     ATTENTION_BACKENDS.clear()
     ATTENTION_BACKENDS.update(before)
 

@@ -1,19 +1,20 @@
 """The speculation cases of SGLang's kit on a GPU, as a script: `python tests/sglang/kit_on_gpu.py [--out kit.json]`.
 
 Verification of chains and draft extension with the metadata of CUDA graphs, and SGLang's two draft runners with real
-graphs; prompts and decode are tests/sglang/test_kit.py's. Exit code 1 if a case fails or skips.
+graphs; prompts and decode are tests/sglang/test_kit.py's. The record is written after every case. Exit code 1 if a case
+fails or skips, or is left out because --seconds are over.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
 import unittest
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +27,10 @@ from sglang.test.kits.attention_unittest.runner_modes import (
     speculative_target_verify_runner,
 )
 
+from flashmla_backend.bench import machine
+from flashmla_backend.bench.provenance import provenance, write
 from flashmla_backend.integration.sglang import plugin
+from flashmla_backend.sglang_engine import distribution
 
 DRAFTS = 4
 
@@ -75,25 +79,38 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", default="sglang_kit.json")
+    parser.add_argument("--seconds", type=float, default=240, help="no case begins after so many")
+    parser.add_argument("--out", type=Path, default=Path("sglang-kit.json"))
+    parser.add_argument("--commit", help="for the record, where git cannot tell")
     asked = parser.parse_args()
     load_plugins()
     assert plugin.owns_flashmla(), "flashmla is not ours: see the log above"
-    rows = []
+    device = machine.describe(torch.device(asked.device))[0]
+    rows: list[dict[str, Any]] = []
+    record = {**provenance(device, sys.argv, asked.commit), "sglang": distribution(), "cases": rows}
+    begin = time.monotonic()
     for name, run in cases(asked.device):
-        started, problem = time.time(), None
-        try:
-            run()
-        except Exception as error:
-            traceback.print_exc(limit=-3)
-            problem = " ".join(str(error).split())[:300] or repr(error)
-        rows.append({"case": name, "ok": problem is None, "problem": problem, "seconds": time.time() - started})
+        started = time.monotonic()
+        problem = attempt(run) if started - begin < asked.seconds else f"not run: {asked.seconds:.0f} s are over"
+        seconds = round(time.monotonic() - started, 2)
+        rows.append({"case": name, "ok": problem is None, "problem": problem, "seconds": seconds})
         print(f"{'ok  ' if problem is None else 'FAIL'} {name} {problem or ''}", flush=True)
-    with open(asked.out, "w") as file:
-        json.dump(rows, file, indent=1)
+        write(record, asked.out)
     failed = sum(not row["ok"] for row in rows)
-    print(f"{len(rows) - failed} of {len(rows)} cases passed in {sum(row['seconds'] for row in rows):.0f} s")
+    print(f"{len(rows) - failed} of {len(rows)} cases passed in {time.monotonic() - begin:.0f} s")
     return int(failed > 0)
+
+
+def attempt(run: Callable[[], None]) -> str | None:
+    """Why a case failed, None if it did not."""
+    try:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception as error:
+        traceback.print_exc(limit=-3)
+        return " ".join(str(error).split())[:300] or repr(error)
+    return None
 
 
 if __name__ == "__main__":

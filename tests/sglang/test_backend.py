@@ -44,6 +44,46 @@ def attend(fixture: Any, rows: int) -> torch.Tensor:
     return out
 
 
+def test_queries_and_rows_in_two_parts(fixture: Any) -> None:
+    backend, batch, layer = fixture.backend, fixture.forward_batch, fixture.actual_module.attn_mqa
+    backend.init_forward_metadata(batch)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(3, heads, 576, generator=generator).to(SHAPE["dtype"]) for heads in (HEADS, 1))
+    cache = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
+    whole = backend.forward_decode(q.flatten(1), k, k[..., :512], layer, batch)
+    written = cache.clone()
+    cache[batch.out_cache_loc] = 0
+
+    # As SGLang makes the latent part: heads outermost in memory.
+    latent = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1)
+    parts = {"q_rope": q[..., 512:], "k_rope": k[..., 512:]}
+    apart = backend.forward_decode(latent, k[..., :512], k[..., :512], layer, batch, **parts)
+    assert torch.equal(cache, written) and cache[batch.out_cache_loc].any()
+    assert torch.equal(apart, whole) and whole.any()
+
+
+def test_parts_of_prompts_are_joined(registered: None) -> None:
+    prompts = case(ForwardMode.EXTEND, 64, (0, 63, 130), (5, 2, 70))
+    fixture = kit.build_mla_attention_fixture(NothingMaySkip, prompts, **SHAPE)
+    backend, batch, layer = fixture.backend, fixture.forward_batch, fixture.actual_module.attn_mqa
+    backend.init_forward_metadata(batch)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(77, heads, 576, generator=generator).to(SHAPE["dtype"]) for heads in (HEADS, 1))
+    whole = backend.forward_extend(q, k, k[..., :512], layer, batch)
+    parts = {"q_rope": q[..., 512:], "k_rope": k[..., 512:]}
+    apart = backend.forward_extend(q[..., :512], k[..., :512], k[..., :512], layer, batch, **parts)
+    assert torch.equal(apart, whole) and whole.any()
+
+
+def test_queries_come_whole_where_sglang_scales_only_those(fixture: Any) -> None:
+    from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS as GIVEN_PARTS
+
+    assert "flashmla" in GIVEN_PARTS
+    fixture.runner.model_config.hf_text_config.llama_4_scaling = {"beta": 0.1}
+    type(fixture.backend)(fixture.runner)
+    assert "flashmla" not in GIVEN_PARTS
+
+
 def test_rows_added_after_planning_are_zero(fixture: Any) -> None:
     fixture.backend.init_forward_metadata(fixture.forward_batch)
     exact, padded = attend(fixture, 3), attend(fixture, 5)
@@ -58,22 +98,27 @@ def test_an_idle_rank_plans_nothing(fixture: Any) -> None:
     assert fixture.backend.forward_metadata is None
 
 
-def test_graphs_of_all_batch_sizes_read_the_same_buffers(fixture: Any) -> None:
+def test_graphs_find_their_buffers_where_they_were_captured(fixture: Any) -> None:
     backend, batch = fixture.backend, fixture.forward_batch
     backend.init_cuda_graph_state(max_bs=3, max_num_tokens=3)
-    addresses = set()
-    for size in (3, 1, 2):
+
+    def plan_in_graph(size: int) -> list[int]:
         batch.batch_size = size
-        backend.init_forward_metadata_out_graph(batch, in_capture=True)
         backend.init_forward_metadata_in_graph(batch)
         plan = backend.forward_metadata
         assert plan.batch == size
-        addresses.add((plan.seq_lens.data_ptr(), plan.block_table.data_ptr(), plan.items.data_ptr()))
+        return [tensor.data_ptr() for tensor in (plan.seq_lens, plan.block_table, plan.items, plan.partial_out)]
+
+    captured = {}
+    for size in (3, 1, 2):
+        batch.batch_size = size
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+        captured[size] = plan_in_graph(size)
+    batch.batch_size = 3
+    backend.init_forward_metadata(batch)  # a step without a graph in between
     backend.init_cuda_graph_state(max_bs=1, max_num_tokens=1)  # another runner's: captured graphs stay valid
-    backend.init_forward_metadata_in_graph(batch)
-    plan = backend.forward_metadata
-    addresses.add((plan.seq_lens.data_ptr(), plan.block_table.data_ptr(), plan.items.data_ptr()))
-    assert len(addresses) == 1
+    assert {size: plan_in_graph(size) for size in captured} == captured
+    assert len({buffers[0] for buffers in captured.values()}) == 1
 
 
 def test_a_wrong_decode_is_noticed_at_the_start(fixture: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_models_and_caches(changes: dict[str, Any], words: list[str]) -> None:
 
 def test_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "dcp_size", lambda: 2)
-    with pytest.raises(Unsupported, match=r"dcp_size is 2; .*--dcp-size 1"):
+    with pytest.raises(Unsupported, match=r"dcp_size is 2; .*only its FlashInfer backend.*--dcp-size 1"):
         refusals.check_runner(runner())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.layers.attention import attention_registry
 from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+from sglang.srt.models.deepseek_common.utils import FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
 
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.sglang import compat, plugin, register
@@ -36,6 +39,7 @@ def unclaimed() -> Iterator[None]:
     before, BACKENDS["flashmla"] = BACKENDS["flashmla"], BUILTIN
     yield
     BACKENDS["flashmla"], AttentionBackendRegistry._handlers = before, handlers
+    compat.take_queries_whole()
     sys.modules.pop(compat.DRAFT_MODULE, None)
     if draft_module is not None:
         sys.modules[compat.DRAFT_MODULE] = draft_module
@@ -77,6 +81,7 @@ def test_draft_workers_and_prompts_come_to_us() -> None:
     assert BACKENDS["flashmla"] is of_drafts.FlashMLABackend is backend.FlashMLABackend
     assert of_drafts.FlashMLAMultiStepDraftBackend is draft.FlashMLAMultiStepDraftBackend
     assert AttentionBackendRegistry.get_handler("flashmla") is prefill.dispatch
+    assert FORWARD_ABSORB_CORE_ATTENTION_BACKENDS.count("flashmla") == 1
 
 
 def test_registering_again_changes_and_says_nothing(log: pytest.LogCaptureFixture) -> None:
@@ -96,6 +101,46 @@ def test_a_backend_claimed_by_another_plugin_stays_theirs(log: pytest.LogCapture
     assert BACKENDS["flashmla"] is theirs
     assert "another plugin has already claimed flashmla" in log.text and "theirs" in log.text
     assert "SGLANG_PLUGINS" in log.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "said"),
+    [
+        ((8, 9), "13.0", r"Made-up GPU \(compute capability 8.9\) has no decode kernels that SGLang could"),
+        ((10, 0), "13.0", r"compute capability 10.0\) has no decode kernels"),
+        ((9, 0), None, "Made-up GPU is no NVIDIA GPU"),
+    ],
+)
+def test_other_gpus_are_left_to_sglang(
+    capability: tuple[int, int],
+    cuda: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    make_up_gpu(monkeypatch, capability, cuda)
+    register()
+    assert BACKENDS["flashmla"] is BUILTIN and compat.DRAFT_MODULE not in sys.modules
+    assert re.search(said, log.text) and "SGLang keeps its own flashmla" in log.text
+
+
+def test_hopper_is_claimed_where_the_kernels_are(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    make_up_gpu(monkeypatch, (9, 0), "13.0")
+    monkeypatch.setattr("flashmla_backend.native.unavailable_reason", lambda: "the kernels were not built")
+    register()
+    assert BACKENDS["flashmla"] is BUILTIN and "the kernels were not built" in log.text
+    monkeypatch.setattr("flashmla_backend.native.unavailable_reason", lambda: None)
+    register()
+    assert plugin.owns_flashmla()
+
+
+def make_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made-up GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
 
 
 @pytest.mark.parametrize("found", ["0.5.15", "0.5.17.post1", "0.5.20rc1", "0.5.23"])
@@ -118,6 +163,7 @@ def test_an_unsupported_version_leaves_the_builtin(
     register()
     assert BACKENDS["flashmla"] is BUILTIN
     assert compat.DRAFT_MODULE not in sys.modules
+    assert "flashmla" not in FORWARD_ABSORB_CORE_ATTENTION_BACKENDS
     (said,) = log.records
     assert said.levelname == "WARNING"
     assert "SGLang 0.5.99 is not supported" in log.text and "SGLang keeps its own flashmla" in log.text

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmla_backend import plan_decode
+from flashmla_backend import DecodePlan, api, plan_decode
 from flashmla_backend.errors import InvalidArgument
+from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.sglang.steps import StepBuffers
 
 CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
 HEADS = 16
+
+
+def step_buffers(table: torch.Tensor, rows: int) -> StepBuffers:
+    return StepBuffers(table, rows, StepPlanner(table.device, h_q=HEADS, page_size=64, longest_query=2))
 
 
 def token_table(lengths: list[int], page_size: int) -> torch.Tensor:
@@ -32,7 +37,7 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
     table = token_table(lengths, page_size)
     requests = torch.tensor([5, 0, 3, 2])
     lens = torch.tensor([lengths[r] for r in requests])
-    plan = StepBuffers(table, rows=8, h_q=HEADS).plan(requests, lens, added=0, s_q=1)
+    plan = step_buffers(table, rows=8).plan(requests, lens, added=0, s_q=1)
     assert plan.seq_lens.tolist() == lens.tolist()
     for row, request in enumerate(requests.tolist()):
         tokens = torch.arange(lengths[request])
@@ -40,18 +45,33 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
         assert slots.tolist() == table[request, : lengths[request]].tolist()
 
 
-def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
+def addresses(plan: DecodePlan) -> list[int]:
+    tensors = (plan.seq_lens, plan.block_table, plan.items, plan.part_offsets, plan.split_offsets)
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def test_plans_of_a_shape_lie_in_the_same_buffers() -> None:
     table = token_table([300, 200, 64], 64)
-    buffers = StepBuffers(table, rows=4, h_q=HEADS)
-    first = buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
-    for requests, lens, added in (([2, 1, 0], [3, 190, 299], 1), ([1], [200], 0)):
+    buffers = step_buffers(table, rows=4)
+    first = {batch: addresses(buffers.plan(torch.arange(batch), torch.full((batch,), 2), 0, 1)) for batch in (1, 2, 3)}
+    for requests, lens, added in (([2, 1, 0], [3, 190, 299], 1), ([1], [200], 0), ([0, 1], [299, 64], 1)):
         plan = buffers.plan(torch.tensor(requests), torch.tensor(lens), added=added, s_q=1)
-        for name in ("seq_lens", "block_table", "items", "part_offsets", "split_offsets"):
-            assert getattr(plan, name).data_ptr() == getattr(first, name).data_ptr(), name
+        assert addresses(plan) == first[len(requests)]
         assert plan.seq_lens.tolist() == [length + added for length in lens]
         fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
         assert str(plan) == str(fresh)
     assert buffers.block_table.shape == (4, 5)  # tiles of the longest context
+
+
+def test_what_was_reserved_is_what_is_planned_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph nothing may be allocated."""
+    buffers = step_buffers(token_table([300, 200], 64), rows=4)
+    buffers.reserve(2, s_q=2)
+    monkeypatch.setattr(api, "make_workspaces", None)
+    plan = buffers.plan(torch.tensor([0, 1]), torch.tensor([298, 9]), added=2, s_q=2)
+    assert plan.seq_lens.tolist() == [300, 11] and plan.s_q == 2
+    with pytest.raises(TypeError):
+        buffers.plan(torch.tensor([0]), torch.tensor([298]), added=2, s_q=2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +85,7 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
     table = token_table([10, 100], 64)
     request, token, slot = spoil
     table[request, token] = slot
-    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    buffers = step_buffers(table, rows=4)
     with pytest.raises(InvalidArgument, match=message):
         buffers.plan(torch.tensor([request]), torch.tensor([100]), added=0, s_q=1)
     buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
@@ -73,6 +93,6 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
 
 @pytest.mark.parametrize("page_size", [1, 16, 32])
 def test_small_pages_are_noticed_where_they_are_shuffled(page_size: int) -> None:
-    buffers = StepBuffers(token_table([90], page_size), rows=4, h_q=HEADS)
+    buffers = step_buffers(token_table([90], page_size), rows=4)
     with pytest.raises(InvalidArgument, match="tiles of 64 consecutive slots"):
         buffers.plan(torch.tensor([0]), torch.tensor([90]), added=0, s_q=1)

@@ -14,8 +14,12 @@ from typer.testing import CliRunner
 
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.serve import models, report
+from flashmla_backend.bench.serve.engine import who_serves
+from flashmla_backend.bench.serve.engines import ENGINES
 from flashmla_backend.bench.serve.loads import Load, make_loads
-from flashmla_backend.bench.serve.run import METRICS, PERCENTILES, Plan, Results, digest, who_serves
+from flashmla_backend.bench.serve.measured import METRICS, PERCENTILES, digest
+from flashmla_backend.bench.serve.plan import Plan
+from flashmla_backend.bench.serve.run import Results
 from flashmla_backend.bench.servers import HttpServer, ServerFailed, free_port, running
 from flashmla_backend.bench.vllm_server import vllm_server
 from flashmla_backend.cli import app
@@ -68,15 +72,60 @@ def test_a_backend_is_selected_by_argument_and_environment(tmp_path: Path) -> No
 
 
 def test_the_log_must_name_the_backend(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    log, vllm = tmp_path / "log", ENGINES["vllm"]
     log.write_text("x Using CPU_MLA backend.\nINFO flashmla_backend 0.1.0 serves MLA decode: our kernels\n")
-    assert who_serves(OURS, log) == "flashmla_backend 0.1.0 serves MLA decode: our kernels"
+    assert who_serves(vllm, OURS, log) == "flashmla_backend 0.1.0 serves MLA decode: our kernels"
     with pytest.raises(ServerFailed, match="asked for FLASHMLA, and the log says: flashmla_backend"):
-        who_serves("FLASHMLA", log)
+        who_serves(vllm, "FLASHMLA", log)
     log.write_text("x Using FLASHMLA attention backend out of potential backends\n")
-    assert who_serves("FLASHMLA", log).startswith("Using FLASHMLA")
+    assert who_serves(vllm, "FLASHMLA", log).startswith("Using FLASHMLA")
     with pytest.raises(ServerFailed, match="asked for ours"):
-        who_serves(OURS, log)
+        who_serves(vllm, OURS, log)
+    log.write_text("server_args=ServerArgs(decode_attention_backend='no', attention_backend='triton', x=1)")
+    assert who_serves(ENGINES["sglang"], "triton", log) == "attention_backend='triton'"
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    made: dict[str, Any] = {"model": "v2-lite", "backends": [OURS, "FLASHMLA"], "loads": make_loads("2", "4", 2, 1)}
+    made |= {"dtype": "bfloat16", "input_tokens": 10, "output_tokens": 5, "spread": 0.0, "compiled": False}
+    return Plan(**made | {"timeout_s": 1, "logs": folder, "server_arguments": []} | changes)
+
+
+def option(arguments: list[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "ours", "own"), [("vllm", "FLASHMLA", "FLASHMLA"), ("sglang", "flashmla", "triton")]
+)
+def test_engines_start_what_was_asked_for(engine: str, ours: str, own: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    plan = plan_of(tmp_path, server_arguments=["--more", "1"])
+    for backend, selected, disabled in ((OURS, ours, "0"), (own, own, "1")):
+        server = ENGINES[engine].server(plan, tmp_path, backend, tmp_path / "log")
+        assert option(server.command, "--attention-backend") == selected
+        assert server.environment["FLASHMLA_BACKEND_DISABLE"] == disabled
+        assert server.command[-2:] == ["--more", "1"]
+
+
+def test_sglangs_generator_draws_the_same_lengths(tmp_path: Path) -> None:
+    """It draws from a part of the longest to the longest, vLLM's around the mean."""
+    plan = plan_of(tmp_path, input_tokens=100, output_tokens=40, spread=0.5)
+    server = HttpServer([], {}, "http://127.0.0.1:1", tmp_path / "log")
+    load = make_loads("", "8", 1, 2)[0]
+    made = ENGINES["sglang"].load_arguments(plan, load, tmp_path, server, tmp_path / "result")
+    longest, part = int(option(made, "--random-input-len")), float(option(made, "--random-range-ratio"))
+    assert (longest, round(longest * part)) == (150, 50) and option(made, "--random-output-len") == "60"
+    assert option(made, "--num-prompts") == "16" and option(made, "--max-concurrency") == "8"
+
+
+def test_sglangs_result_is_reported_as_vllms() -> None:
+    expected = result(2)
+    of_sglang = {"total_throughput": expected["total_token_throughput"], "server_info": {"a": 1}}
+    for key, value in expected.items():
+        of_sglang[key.replace("p50_", "median_").replace("e2el", "e2e_latency")] = value
+    del of_sglang["total_token_throughput"]
+    assert ENGINES["sglang"].digest(json.dumps(of_sglang)) == digest(expected)
 
 
 def test_a_server_that_dies_or_does_not_answer(tmp_path: Path) -> None:
@@ -102,8 +151,6 @@ def result(scale: float) -> dict[str, Any]:
 
 
 def test_report(tmp_path: Path) -> None:
-    loads = make_loads("2", "4", 2, 1)
-    plan = Plan("v2-lite", [OURS, "FLASHMLA"], loads, "bfloat16", 10, 5, 0.0, False, 1, tmp_path, [])
     ours, flashmla, triton = digest(result(2)), digest(result(3)), digest(result(8))
     measured = {
         OURS: {"2/s": ours, "4 at once": ours},
@@ -111,7 +158,9 @@ def test_report(tmp_path: Path) -> None:
         "TRITON_MLA": {"2/s": triton},
     }
     results = Results(measured, {OURS: "flashmla_backend serves"}, ["a note"])
-    made = json.loads(json.dumps(report.make(results, plan, ["flashmla", "bench", "serve"], "abc")))
+    made = json.loads(
+        json.dumps(report.make(results, ENGINES["vllm"], plan_of(tmp_path), ["flashmla", "bench", "serve"], "abc"))
+    )
     assert [report.gains(row)["tpot"] for row in made["rows"]] == [1.5, 0.75]
     for gained in made["summary"].values():
         assert gained == {"geomean": pytest.approx(1.125**0.5, abs=1e-3), "min": 0.75, "n": 2}
@@ -130,3 +179,5 @@ def test_report(tmp_path: Path) -> None:
 def test_refusals_are_said_before_anything_starts() -> None:
     said = CliRunner().invoke(app, ["bench", "serve", "--rates", "fast"])
     assert said.exit_code == 2 and "rates is 'fast'" in said.output
+    said = CliRunner().invoke(app, ["bench", "serve", "--engine", "llama"])
+    assert said.exit_code == 2 and "engine is 'llama'; accepted: vllm, sglang" in said.output

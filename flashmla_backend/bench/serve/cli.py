@@ -17,13 +17,12 @@ out, err = Console(), Console(stderr=True)
 
 ON_GPU = {
     "model": "v2-lite",
-    "backends": "ours,FLASHMLA,FLASH_ATTN_MLA",
     "rates": "4,16",
     "concurrency": "1,16,64",
     "input": "1024",
     "output": "128",
 }
-ON_CPU = {"model": "embedded", "backends": "ours", "rates": "1", "concurrency": "1,4", "input": "64", "output": "16"}
+ON_CPU = {"model": "embedded", "rates": "1", "concurrency": "1,4", "input": "64", "output": "16"}
 
 
 def serve(
@@ -33,7 +32,11 @@ def serve(
             help="v2-lite or v3-attention (weights made up), embedded, or a folder.", show_default=ON_GPU["model"]
         ),
     ] = "",
-    backends: Annotated[str, typer.Option(help="ours, and vLLM's own.", show_default=ON_GPU["backends"])] = "",
+    engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
+    backends: Annotated[
+        str,
+        typer.Option(help="ours, and the engine's own.", show_default="ours,FLASHMLA,FLASH_ATTN_MLA; ours,triton"),
+    ] = "",
     rates: Annotated[str | None, typer.Option(help="Requests a second.", show_default=ON_GPU["rates"])] = None,
     concurrency: Annotated[
         str | None, typer.Option(help="Requests at once.", show_default=ON_GPU["concurrency"])
@@ -44,8 +47,8 @@ def serve(
     output_tokens: Annotated[int, typer.Option(help="Of an answer.", show_default=ON_GPU["output"], min=0)] = 0,
     spread: Annotated[float, typer.Option(help="Of both lengths, as a part of them.", min=0, max=0.99)] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
-    compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,
-    server_arguments: Annotated[str, typer.Option(help="More arguments of vLLM's server, quoted as one.")] = "",
+    compiled: Annotated[bool, typer.Option(help="With torch.compile, which starts slower.")] = False,
+    server_arguments: Annotated[str, typer.Option(help="More arguments of the server, quoted as one.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds for one backend, its start included.", min=1)] = 300,
     logs: Annotated[Path, typer.Option(help="Folder for the logs of servers and loads.")] = Path("bench-serve-logs"),
     output: Annotated[Path, typer.Option("--out", help="The JSON report; a plot of the same name beside it.")] = Path(
@@ -53,7 +56,7 @@ def serve(
     ),
     commit: Annotated[str | None, typer.Option(help="For the report, where git cannot tell.")] = None,
 ) -> None:
-    """Serve over HTTP with each backend, and load it with vLLM's own generator.
+    """Serve over HTTP with each backend, and load it with the engine's own generator.
 
     Times to the first token and per further token, and throughput, at several rates and numbers of requests at once.
     Defaults are smaller on a CPU. Exit code 1 if a backend or a request failed.
@@ -63,16 +66,19 @@ def serve(
     from flashmla_backend.bench import backends as known
     from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.serve import report
+    from flashmla_backend.bench.serve.engines import engine_named
     from flashmla_backend.bench.serve.loads import make_loads
-    from flashmla_backend.bench.serve.run import Plan, run
-    from flashmla_backend.serve import check_vllm
+    from flashmla_backend.bench.serve.plan import Plan
+    from flashmla_backend.bench.serve.run import run
 
-    defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
+    on_gpu = torch.cuda.is_available()
+    defaults = ON_GPU if on_gpu else ON_CPU
     try:
-        check_vllm()
+        serving = engine_named(engine)
+        serving.check_installed()
         plan = Plan(
             model=model or defaults["model"],
-            backends=known.parse(backends or defaults["backends"]),
+            backends=known.parse(backends or (serving.on_gpu if on_gpu else known.OURS), serving.backends),
             loads=make_loads(
                 defaults["rates"] if rates is None else rates,
                 defaults["concurrency"] if concurrency is None else concurrency,
@@ -92,12 +98,12 @@ def serve(
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("starting", total=None)
             results = run(
-                plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
+                serving, plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
             )
     except FlashMLAError as error:
         err.print(f"[bold red]{error}", highlight=False)
         raise typer.Exit(2) from None
-    made = report.make(results, plan, ["flashmla", *sys.argv[1:]], commit)
+    made = report.make(results, serving, plan, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)
     if results.notes:

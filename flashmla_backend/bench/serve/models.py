@@ -14,9 +14,9 @@ SIZES = tuple(name for name in MODELS if name != "tiny")  # tiny is the embedded
 
 
 def resolve(model: str, dtype: str, max_length: int, scratch: Path) -> tuple[Path, list[str]]:
-    """Folder of a model, and the arguments of vLLM's server that go with it. Raises InvalidArgument for an unknown one.
+    """Folder of a model, and the arguments of the server that go with it. Raises InvalidArgument for an unknown one.
 
-    model: "embedded", a name in SIZES (vLLM then fills the weights), or a folder.
+    model: "embedded", a name in SIZES (the engine then fills the weights), or a folder.
     """
     if model == EMBEDDED:
         return default_checkpoint(), []

@@ -35,5 +35,5 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="tokens a second", ylabel=PANELS[metric], xlim=(0, None), ylim=(0, None))
         axes.set_title(f"{PANELS[metric]}: median, and dotted the 99th percentile", fontsize=10)
         axes.legend(fontsize=8)
-    figure.suptitle(f"{report['model']}, {report['device']}, vLLM {report['vllm']}, {report['date']}", fontsize=11)
+    figure.suptitle(f"{report['model']}, {report['device']}, {report['engine']}, {report['date']}", fontsize=11)
     figure.savefig(path, dpi=130)

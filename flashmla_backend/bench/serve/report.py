@@ -1,6 +1,6 @@
 """Results as JSON and as a table.
 
-A report is a dict: "device", "torch", "vllm", "date", "commit", "command", "model", "dtype", "input_tokens",
+A report is a dict: "device", "torch", "engine", "date", "commit", "command", "model", "dtype", "input_tokens",
 "output_tokens", "spread", "served_by", "rows", "summary", "notes", "wall_s"; rows are {load, kind, value, prompts,
 <backend>: {completed, duration, *_throughput, ttft_ms, tpot_ms, itl_ms, e2el_ms}}, each *_ms {mean, p50, p90, p99}.
 """
@@ -17,11 +17,12 @@ from rich.table import Table
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.provenance import provenance
-from flashmla_backend.bench.serve.run import Plan, Results
-from flashmla_backend.bench.steps.run import vllm_version
+from flashmla_backend.bench.serve.engine import Engine
+from flashmla_backend.bench.serve.plan import Plan
+from flashmla_backend.bench.serve.run import Results
 
 
-def make(results: Results, plan: Plan, command: Sequence[str], commit: str | None) -> dict[str, Any]:
+def make(results: Results, engine: Engine, plan: Plan, command: Sequence[str], commit: str | None) -> dict[str, Any]:
     """The report of a run."""
     rows = []
     for load in plan.loads:
@@ -31,7 +32,7 @@ def make(results: Results, plan: Plan, command: Sequence[str], commit: str | Non
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         **provenance(machine.describe(device)[0], command, commit),
-        "vllm": vllm_version(),
+        "engine": engine.version(),
         "model": plan.model,
         "dtype": plan.dtype,
         "input_tokens": plan.input_tokens,
@@ -77,7 +78,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def table(report: dict[str, Any]) -> Table:
     """A line for each load and backend."""
     title = (
-        f"{report['device']}, vLLM {report['vllm']}, {report['model']} in {report['dtype']}, prompts of "
+        f"{report['device']}, {report['engine']}, {report['model']} in {report['dtype']}, prompts of "
         f"{report['input_tokens']} and answers of {report['output_tokens']} tokens"
     )
     heads = ("load", "backend", "first token, ms: p50", "p99", "per token, ms: p50", "p99", "tokens/s", "requests/s")
@@ -97,7 +98,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     words = {"tpot": "time per token", "ttft": "time to the first token", "throughput": "throughput"}
     said = [
-        f"{words[name]}, ours against the best of vLLM's own: geometric mean {s['geomean']:.3f}, least {s['min']:.3f}"
+        f"{words[name]}, ours against the best of the others: geometric mean {s['geomean']:.3f}, least {s['min']:.3f}"
         for name, s in report["summary"].items()
     ]
     return said + [f"{who}: {line}" for who, line in report["served_by"].items()] + report["notes"]

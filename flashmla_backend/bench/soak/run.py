@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flashmla_backend.bench.backends import OURS
+from flashmla_backend.bench.serve.engine import who_serves
 from flashmla_backend.bench.serve.models import resolve
-from flashmla_backend.bench.serve.run import who_serves
+from flashmla_backend.bench.serve.vllm import Vllm
 from flashmla_backend.bench.servers import ServerFailed, running
 from flashmla_backend.bench.soak import watch
 from flashmla_backend.bench.soak.traffic import TEXT_TOKENS, Client, Tally, complete, deal
@@ -65,7 +66,7 @@ def run(plan: Plan, report_progress: Callable[[float, str], None]) -> Results:
         server = vllm_server(folder, OURS, [*model_arguments, *arguments(plan)], log)
         report_progress(0, "starting the server")
         with running(server, plan.start_seconds) as process:
-            results.served_by = who_serves(OURS, log)
+            results.served_by = who_serves(Vllm(), OURS, log)
             try:
                 asyncio.run(_soak(plan, server.url, process.pid, results, report_progress))
             except Exception as error:
