@@ -11,6 +11,7 @@ from flashmla_backend.integration.sglang.steps import StepBuffers
 
 CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
 HEADS = 16
+PAGES = 400  # 64-token tiles of the cache
 
 
 def token_table(lengths: list[int], page_size: int) -> torch.Tensor:
@@ -32,7 +33,7 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
     table = token_table(lengths, page_size)
     requests = torch.tensor([5, 0, 3, 2])
     lens = torch.tensor([lengths[r] for r in requests])
-    plan = StepBuffers(table, rows=8, h_q=HEADS).plan(requests, lens, added=0, s_q=1)
+    plan = StepBuffers(table, rows=8, h_q=HEADS, num_pages=PAGES).plan(requests, lens, added=0, s_q=1)
     assert plan.seq_lens.tolist() == lens.tolist()
     for row, request in enumerate(requests.tolist()):
         tokens = torch.arange(lengths[request])
@@ -42,7 +43,7 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
 
 def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
     table = token_table([300, 200, 64], 64)
-    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS, num_pages=PAGES)
     first = buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
     for requests, lens, added in (([2, 1, 0], [3, 190, 299], 1), ([1], [200], 0)):
         plan = buffers.plan(torch.tensor(requests), torch.tensor(lens), added=added, s_q=1)
@@ -64,7 +65,7 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
     table = token_table([10, 100], 64)
     request, token, slot = spoil
     table[request, token] = slot
-    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS, num_pages=PAGES)
     with pytest.raises(InvalidArgument, match=message):
         buffers.plan(torch.tensor([request]), torch.tensor([100]), added=0, s_q=1)
     buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
@@ -72,6 +73,6 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
 
 @pytest.mark.parametrize("page_size", [1, 16, 32])
 def test_small_pages_are_noticed_where_they_are_shuffled(page_size: int) -> None:
-    buffers = StepBuffers(token_table([90], page_size), rows=4, h_q=HEADS)
+    buffers = StepBuffers(token_table([90], page_size), rows=4, h_q=HEADS, num_pages=PAGES)
     with pytest.raises(InvalidArgument, match="tiles of 64 consecutive slots"):
         buffers.plan(torch.tensor([0]), torch.tensor([90]), added=0, s_q=1)

@@ -58,7 +58,7 @@ def test_one_plan_a_step(newer: dict[str, int]) -> None:
     assert decode.block_table is problem.block_table
     assert decode.seq_lens is problem.seq_lens
     expected = plan_decode(problem.seq_lens, problem.block_table, s_q=2, h_q=HEADS, page_size=64, causal=True)
-    assert str(decode.plan) == str(expected)
+    assert str(decode.plan(num_pages=len(problem.kv_cache))) == str(expected)
 
 
 def test_the_first_layer_plans_for_all() -> None:
@@ -66,16 +66,17 @@ def test_the_first_layer_plans_for_all() -> None:
     problem = make_problem([1, 1], h_q=HEADS)
     decode = build_decode(problem, 1)
     problem.seq_lens.copy_(torch.tensor([64, 3]))
-    planned = decode.plan
+    planned = decode.plan(num_pages=len(problem.kv_cache))
     assert planned.items[: planned.part_offsets[-1], :3].tolist() == [[0, 0, 1], [1, 0, 1]]
-    assert decode.plan is planned
+    assert decode.plan(num_pages=len(problem.kv_cache)) is planned
 
 
 def test_steps_of_one_shape_share_their_buffers() -> None:
     planner = StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=2)
     problems = [make_problem(lengths, s_q=s_q, h_q=HEADS) for lengths, s_q in (([7, 900], 1), ([5], 1), ([7, 900], 2))]
-    first = [build_decode(problem, problem.q.shape[1], planner).plan for problem in problems]
-    again = [build_decode(problem, problem.q.shape[1], planner).plan for problem in problems]
+    first, again = (
+        [build_decode(p, p.q.shape[1], planner).plan(num_pages=len(p.kv_cache)) for p in problems] for _ in range(2)
+    )
     addresses = [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in first]
     assert addresses == [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in again]
     assert len({address for three in addresses for address in three}) == 9
