@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from flashmla_backend import plan_decode
+from flashmla_backend import bounds, plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.integration.sglang.steps import StepBuffers
 
@@ -50,7 +52,7 @@ def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
         for name in ("seq_lens", "block_table", "items", "part_offsets", "split_offsets"):
             assert getattr(plan, name).data_ptr() == getattr(first, name).data_ptr(), name
         assert plan.seq_lens.tolist() == [length + added for length in lens]
-        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
+        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS, num_pages=PAGES)
         assert str(plan) == str(fresh)
 
 
@@ -69,6 +71,22 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
     with pytest.raises(InvalidArgument, match=message):
         buffers.plan(torch.tensor([request]), torch.tensor([100]), added=0, s_q=1)
     buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
+
+
+def test_faults_are_logged_and_the_next_step_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(bounds.VARIABLE, "1")
+    table = token_table([100, 64], 64)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS, num_pages=int(table[1, 0]) // 64)  # one too few for request 1
+    requests, lens = torch.tensor([0, 1]), torch.tensor([0, 64])
+    plan = buffers.plan(requests, lens, added=0, s_q=1)
+    assert plan.bounds is not None and plan.bounds.planned_lens.tolist() == [0, bounds.AT_FAULT]
+    with caplog.at_level(logging.ERROR, "flashmla_backend.sglang"):
+        buffers.plan(requests[:1], lens[:1], added=0, s_q=1)
+        buffers.log_faults()
+    (record,) = caplog.records
+    assert "block_table[1, 0] was" in record.getMessage()
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 32])

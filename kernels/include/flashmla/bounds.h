@@ -36,7 +36,7 @@ typedef struct flashmla_fault_box {
 
 typedef struct flashmla_bounds_params {
   int batch;
-  int page_size;  // a multiple of 64
+  int page_size;  // tokens
   int num_pages;  // of the cache
 
   const int32_t* seq_lens;     // [B]
