@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flashmla_backend import bounds, flashinfer_path, ops
-from flashmla_backend.bounds import Bounds, faults_of
+from flashmla_backend.bounds import Bounds
 from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
@@ -139,7 +139,7 @@ def plan_decode(
         return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
     if reuse is None:
-        checked = new_bounds(seq_lens, num_pages)
+        checked = bounds.new_bounds(seq_lens, num_pages)
         planned_lens = checked_lengths(seq_lens, block_table, page_size, checked)
         items, part_offsets, split_offsets = ops.schedule(planned_lens, row_tiles, num_sms, s_q * h_q)
         partials = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, workspace)
@@ -157,19 +157,6 @@ def plan_decode(
     planned_lens = checked_lengths(seq_lens, block_table, page_size, plan.bounds)
     ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
     return plan
-
-
-def new_bounds(seq_lens: torch.Tensor, num_pages: int | None) -> Bounds | None:
-    """What the checks of a plan need; None unless they are asked for."""
-    if not bounds.enabled():
-        return None
-    if num_pages is None:
-        raise InvalidArgument(
-            f"num_pages is None, and {bounds.VARIABLE}=1 asks for a check of page ids; accepted: the pages of the "
-            "cache, kv_cache.shape[0]. Give it, or unset the variable"
-        )
-    check_positive_int("num_pages", num_pages)
-    return Bounds(num_pages, torch.empty_like(seq_lens), faults_of(seq_lens.device))
 
 
 def checked_lengths(
@@ -262,7 +249,7 @@ def mla_decode(
     check_softmax_scale(softmax_scale)
     planned_lens = faults = None
     if plan.bounds is not None:
-        check_num_pages(kv_cache, plan.bounds)
+        plan.bounds.check_num_pages(kv_cache)
         planned_lens, faults = plan.bounds.planned_lens, plan.bounds.faults.box
     if plan.flashinfer is not None:
         return flashinfer_path.decode(q_latent, q_rope, kv_cache, plan.flashinfer, float(softmax_scale))
@@ -282,14 +269,6 @@ def mla_decode(
         planned_lens,
         faults,
     )
-
-
-def check_num_pages(kv_cache: torch.Tensor, checked: Bounds) -> None:
-    if kv_cache.shape[0] != checked.num_pages:
-        raise InvalidArgument(
-            f"kv_cache has {kv_cache.shape[0]} pages, and the plan's table was checked for num_pages "
-            f"{checked.num_pages}; accepted: the same number"
-        )
 
 
 def checked_query(

@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 
-from flashmla_backend.errors import OutOfBounds
+from flashmla_backend.errors import InvalidArgument, OutOfBounds
 from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
 VARIABLE = "FLASHMLA_CHECK_BOUNDS"
@@ -68,6 +68,25 @@ class Bounds:
     def of_step(self, batch: int, num_pages: int | None) -> Bounds:
         """The same buffers for a step of as many requests or fewer."""
         return Bounds(self.num_pages if num_pages is None else num_pages, self.planned_lens[:batch], self.faults)
+
+    def check_num_pages(self, kv_cache: torch.Tensor) -> None:
+        if kv_cache.shape[0] != self.num_pages:
+            raise InvalidArgument(
+                f"kv_cache has {kv_cache.shape[0]} pages, and the plan's table was checked for num_pages "
+                f"{self.num_pages}; accepted: the same number"
+            )
+
+
+def new_bounds(seq_lens: torch.Tensor, num_pages: int | None) -> Bounds | None:
+    """What the checks of a new plan need; None unless they are asked for."""
+    if not enabled():
+        return None
+    if num_pages is None or num_pages < 1:
+        raise InvalidArgument(
+            f"num_pages is {num_pages}, and {VARIABLE}=1 asks for a check of page ids; accepted: the pages of the "
+            "cache, kv_cache.shape[0], at least 1. Give it, or unset the variable"
+        )
+    return Bounds(num_pages, torch.empty_like(seq_lens), faults_of(seq_lens.device))
 
 
 def describe_fault(kind: int, request: int, column: int, value: int, accepted: int) -> str:

@@ -190,7 +190,7 @@ def test_a_smaller_batch_in_the_same_buffers() -> None:
 def test_the_number_of_pages_is_asked_for() -> None:
     with pytest.raises(InvalidArgument, match=r"num_pages is None, and FLASHMLA_CHECK_BOUNDS=1 .* kv_cache.shape\[0\]"):
         plan_of(make(), num_pages=None)
-    with pytest.raises(InvalidArgument, match="num_pages is 0; accepted: an integer of at least 1"):
+    with pytest.raises(InvalidArgument, match=r"num_pages is 0, .* at least 1"):
         plan_of(make(), num_pages=0)
 
 
