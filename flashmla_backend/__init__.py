@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashmla_backend.api import DecodePlan, mla_decode, plan_decode
-    from flashmla_backend.errors import FlashMLAError, InvalidArgument, Unsupported
+    from flashmla_backend.errors import FlashMLAError, InvalidArgument, OutOfBounds, Unsupported
 
 __all__ = [
     "DecodePlan",
     "FlashMLAError",
     "InvalidArgument",
+    "OutOfBounds",
     "Unsupported",
     "mla_decode",
     "plan_decode",
@@ -26,6 +27,7 @@ _HOME = {
     "DecodePlan": "api",
     "FlashMLAError": "errors",
     "InvalidArgument": "errors",
+    "OutOfBounds": "errors",
     "Unsupported": "errors",
     "mla_decode": "api",
     "plan_decode": "api",

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from flashmla_backend import flashinfer_path, ops
+from flashmla_backend import bounds, flashinfer_path, ops
+from flashmla_backend.bounds import Bounds
 from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
-from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, describe
+from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, check_lengths, describe
 from flashmla_backend.schedule import max_items, max_splits, num_parts, row_tiles_of
 
 
@@ -34,10 +35,20 @@ class DecodePlan:
     page_size: int
     causal: bool
     flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
+    bounds: Bounds | None = None  # with FLASHMLA_CHECK_BOUNDS=1
 
     @property
     def batch(self) -> int:
         return self.seq_lens.shape[0]
+
+    def check(self) -> None:
+        """Raise OutOfBounds if the device has met a fault, of this plan or another, since the last look.
+
+        `plan_decode` looks too. Neither waits for the device: synchronize first to hear of the work enqueued so far.
+        Without FLASHMLA_CHECK_BOUNDS=1 there is nothing to find.
+        """
+        if self.bounds is not None:
+            self.bounds.faults.raise_first()
 
     def __str__(self) -> str:
         if self.flashinfer is not None:
@@ -69,6 +80,7 @@ def plan_decode(
     num_sms: int | None = None,
     reuse: DecodePlan | None = None,
     workspace: torch.Tensor | None = None,
+    num_pages: int | None = None,
 ) -> DecodePlan:
     """Schedule one decode step. Call once per step; every layer shares the plan.
 
@@ -88,6 +100,8 @@ def plan_decode(
             call itself may be captured too.
         workspace: fp32 vector of at least `workspace_size(...)` elements on the same device for the partial results;
             by default one is allocated. Plans may share it if their layers run one after another, on one stream.
+        num_pages: pages of the cache, `kv_cache.shape[0]`. Needed, and used, with FLASHMLA_CHECK_BOUNDS=1 only; by
+            default that of `reuse`.
 
     Returns:
         A plan: same lengths, shapes and `num_sms`, same plan.
@@ -95,6 +109,8 @@ def plan_decode(
     Raises:
         InvalidArgument: naming the argument, what it was and what is accepted. Values of `seq_lens` are checked on
             the CPU only, since looking at them on a GPU would stall it.
+        OutOfBounds: with FLASHMLA_CHECK_BOUNDS=1, if an earlier step on this device was given page ids or lengths out
+            of bounds; nothing is planned then, and the next call goes on.
         Unsupported: the tensors are on a device that nothing installed has kernels for.
     """
     for name, value in (("s_q", s_q), ("h_q", h_q), ("h_kv", h_kv)):
@@ -109,6 +125,11 @@ def plan_decode(
     check_positive_int("num_sms", num_sms)
     shape: dict[str, Any] = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "page_size": page_size, "causal": causal}
     if path == "flashinfer":
+        if bounds.enabled():
+            raise Unsupported(
+                f"{bounds.VARIABLE}=1 was set: FlashInfer serves {seq_lens.device}, and its kernels check nothing; "
+                "unset the variable"
+            )
         if reuse is not None:
             raise Unsupported(
                 f"reuse was given: FlashInfer serves {seq_lens.device}, and its plans cannot be rewritten"
@@ -118,9 +139,11 @@ def plan_decode(
         return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
     if reuse is None:
-        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms, s_q * h_q)
+        checked = bounds.new_bounds(seq_lens, num_pages)
+        planned_lens = checked_lengths(seq_lens, block_table, page_size, checked)
+        items, part_offsets, split_offsets = ops.schedule(planned_lens, row_tiles, num_sms, s_q * h_q)
         partials = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, workspace)
-        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *partials, **shape)
+        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *partials, **shape, bounds=checked)
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
@@ -129,8 +152,23 @@ def plan_decode(
         batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
         items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
         plan = replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
-    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
+    if reuse.bounds is not None:
+        plan = replace(plan, bounds=reuse.bounds.of_step(seq_lens.shape[0], num_pages))
+    planned_lens = checked_lengths(seq_lens, block_table, page_size, plan.bounds)
+    ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
     return plan
+
+
+def checked_lengths(
+    seq_lens: torch.Tensor, block_table: torch.Tensor, page_size: int, checked: Bounds | None
+) -> torch.Tensor:
+    """The lengths to plan. A fault of an earlier step comes first; this one's is told by a later one."""
+    if checked is None:
+        check_lengths(block_table, seq_lens, page_size)
+        return seq_lens
+    checked.faults.raise_first()
+    ops.check_bounds(seq_lens, block_table, page_size, checked.num_pages, checked.planned_lens, checked.faults.box)
+    return checked.planned_lens
 
 
 def workspace_size(device: torch.device, *, s_q: int, h_q: int, h_kv: int = 1, num_sms: int | None = None) -> int:
@@ -209,6 +247,10 @@ def mla_decode(
             f"{q_latent.device}; accepted: the same dtype and device"
         )
     check_softmax_scale(softmax_scale)
+    planned_lens = faults = None
+    if plan.bounds is not None:
+        plan.bounds.check_num_pages(kv_cache)
+        planned_lens, faults = plan.bounds.planned_lens, plan.bounds.faults.box
     if plan.flashinfer is not None:
         return flashinfer_path.decode(q_latent, q_rope, kv_cache, plan.flashinfer, float(softmax_scale))
     return ops.mla_decode(
@@ -224,6 +266,8 @@ def mla_decode(
         plan.partial_lse,
         float(softmax_scale),
         plan.causal,
+        planned_lens,
+        faults,
     )
 
 

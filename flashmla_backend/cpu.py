@@ -31,7 +31,6 @@ def decode(
     work = [item for item in items.tolist() if item[0] >= 0]
     lengths: list[int] = seq_lens.tolist()
     offsets: list[int] = split_offsets.tolist()
-    check_plan_covers(work, lengths)
     check_page_ids(block_table, seq_lens, kv_cache.shape[1], kv_cache.shape[0])
     paged = present_as_tiles(kv_cache, block_table)
     q_rows = group_by_kv_head(q, h_kv)  # [B, H_kv, rows, 576]
@@ -74,7 +73,8 @@ def attend(
     causal_queries: int,  # S_q under the bottom-right causal mask, 0 without a mask
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the tokens of one work item: o [H_kv, rows, 512], lse [H_kv, rows], both fp32."""
-    begin, end = pages[0] * TILE_TOKENS, min(pages[1] * TILE_TOKENS, length)
+    begin = pages[0] * TILE_TOKENS
+    end = max(begin, min(pages[1] * TILE_TOKENS, length))
     kv = paged.gather(request, begin, end).float().transpose(0, 1)  # [H_kv, tokens, 576]
     scores = (q @ kv.transpose(1, 2)) * softmax_scale  # [H_kv, rows, tokens]
     if causal_queries:
@@ -95,11 +95,16 @@ def combine(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return torch.einsum("shr,shrd->hrd", weights, o), total
 
 
-def check_plan_covers(work: list[list[int]], lengths: list[int]) -> None:
-    """The schedule must read exactly the pages that the lengths ask for."""
+def check_plan_covers(items: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """The schedule must read exactly the pages that the lengths ask for.
+
+    items: [max_items, 4] int32 and seq_lens: [B] int32, as in `decode`.
+    """
+    lengths = seq_lens.tolist()
     planned = [0] * len(lengths)
-    for request, page_begin, page_end, _ in work:
-        planned[request] += page_end - page_begin
+    for request, page_begin, page_end, _ in items.tolist():
+        if request >= 0:
+            planned[request] += page_end - page_begin
     for request, (pages, length) in enumerate(zip(planned, lengths, strict=True)):
         needed = pages_of(length)
         if pages != needed:

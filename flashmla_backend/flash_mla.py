@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flashmla_backend import ops
+from flashmla_backend import bounds, ops
 from flashmla_backend.api import DecodePlan, check_positive_int, make_workspaces, mla_decode, plan_decode
 from flashmla_backend.dispatch import check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
-from flashmla_backend.paging import D_QK, D_V, check_block_table, describe
+from flashmla_backend.paging import D_QK, D_V, check_block_table, check_lengths, describe
 from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
 
 METADATA_COLUMNS = 8
@@ -167,7 +167,7 @@ def plan_from_object(
         "page_size": k_cache.shape[1],
     }
     if metadata.plan is None:
-        metadata.plan = plan_decode(cache_seqlens, block_table, causal=causal, **shape)
+        metadata.plan = plan_decode(cache_seqlens, block_table, causal=causal, num_pages=k_cache.shape[0], **shape)
         return metadata.plan
     made_for = {name: getattr(metadata.plan, name) for name in shape} | {"causal": metadata.plan.causal}
     if made_for != shape | {"causal": causal} or metadata.plan.batch != q.shape[0]:
@@ -176,6 +176,8 @@ def plan_from_object(
             f"batch {q.shape[0]}, {shape | {'causal': causal}}; accepted: one object per step and shape"
         )
     check_block_table(block_table, cache_seqlens, metadata.plan.page_size)
+    if metadata.plan.bounds is None:
+        check_lengths(block_table, cache_seqlens, metadata.plan.page_size)
     return replace(metadata.plan, seq_lens=cache_seqlens, block_table=block_table)
 
 
@@ -194,6 +196,7 @@ def plan_from_pair(
         )
     s_q, h_q, page_size, h_kv = q.shape[1], q.shape[2], k_cache.shape[1], k_cache.shape[2]
     check_block_table(block_table, cache_seqlens, page_size)
+    check_lengths(block_table, cache_seqlens, page_size)
     check_page_size(page_size, cache_seqlens.device)
     check_pair_style(cache_seqlens.device)
     batch = cache_seqlens.shape[0]
@@ -235,6 +238,11 @@ def check_pair_style(device: torch.device) -> None:
         raise Unsupported(
             f"FlashInfer serves {device}, and its plans are no tensors: call get_mla_metadata() without arguments and "
             "pass the object it returns"
+        )
+    if bounds.enabled():
+        raise Unsupported(
+            f"{bounds.VARIABLE}=1 was set: metadata tensors are made without a block table, so there is nothing to "
+            "check; call get_mla_metadata() without arguments and pass the object it returns, or unset the variable"
         )
 
 

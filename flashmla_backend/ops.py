@@ -1,5 +1,6 @@
 """The operators, registered with torch.library so that torch.compile and CUDA graphs see opaque calls.
 
+    flashmla_backend::check_bounds    lengths, table -> lengths to plan, faults                once a step, if asked for
     flashmla_backend::schedule        seq_lens -> work items, part offsets, split offsets      once a step
     flashmla_backend::schedule_into   the same into buffers of an earlier step
     flashmla_backend::mla_decode      q, cache, plan -> out, lse                               once a layer
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch._ops import OpOverload
 
-from flashmla_backend import cpu, sm90
+from flashmla_backend import bounds, cpu, sm90
 from flashmla_backend.schedule import make_schedule, max_items, num_parts
 
 Schedule = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -91,8 +92,14 @@ def decode_on_cpu(
     partial_lse: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    planned_lens: torch.Tensor | None = None,
+    faults: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `flashmla_backend.mla_decode`, which checks the arguments. The workspaces are the Hopper kernels' only."""
+    if planned_lens is None or faults is None:
+        cpu.check_plan_covers(items, seq_lens)
+    else:
+        seq_lens = bounds.planned_on_cpu(seq_lens, planned_lens, faults)
     q = torch.cat([q_latent, q_rope], dim=-1)
     return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal)
 
@@ -103,6 +110,13 @@ def empty_results(q_latent: torch.Tensor, *_: object) -> tuple[torch.Tensor, tor
     return q_latent.new_empty(shape), q_latent.new_empty(shape[:3], dtype=torch.float32)
 
 
+check_bounds = operator(
+    "check_bounds(Tensor seq_lens, Tensor block_table, int page_size, int num_pages, Tensor(a!) planned_lens, "
+    "Tensor(b!) faults) -> ()",
+    on_cpu=bounds.check_on_cpu,
+    on_cuda=sm90.check_bounds,
+    fake=lambda *_: None,
+)
 schedule_into = operator(
     "schedule_into(Tensor seq_lens, int row_tiles, int num_sms, int rows, Tensor(a!) items, Tensor(b!) part_offsets, "
     "Tensor(c!) split_offsets) -> ()",
@@ -119,7 +133,7 @@ schedule = operator(
 mla_decode = operator(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, "
     "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, float softmax_scale, "
-    "bool causal) -> (Tensor, Tensor)",
+    "bool causal, Tensor? planned_lens=None, Tensor? faults=None) -> (Tensor, Tensor)",
     on_cpu=decode_on_cpu,
     on_cuda=sm90.decode,
     fake=empty_results,

@@ -44,7 +44,7 @@ def check_page_size(page_size: int) -> None:
 
 
 def check_block_table(block_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> None:
-    """Check types and shapes; on the CPU also that every length fits the table's width."""
+    """Check types and shapes."""
     check_page_size(page_size)
     if seq_lens.dim() != 1 or seq_lens.dtype != torch.int32:
         raise InvalidArgument(f"seq_lens is {describe(seq_lens)}; accepted: [B] int32")
@@ -65,6 +65,10 @@ def check_block_table(block_table: torch.Tensor, seq_lens: torch.Tensor, page_si
         raise InvalidArgument(
             f"block_table has strides {tuple(block_table.stride())}; accepted: a contiguous last dimension"
         )
+
+
+def check_lengths(block_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> None:
+    """Check on the CPU that every length fits the width of a table that `check_block_table` has passed."""
     if seq_lens.device.type != "cpu" or seq_lens.numel() == 0:
         return
     shortest, longest = int(seq_lens.min()), int(seq_lens.max())

@@ -27,7 +27,7 @@ def check_decode(device: torch.device, dtype: torch.dtype, h_q: int) -> None:
     seq_lens = torch.tensor(LENGTHS, dtype=torch.int32)
     q = torch.randn(2, 1, h_q, D_QK, generator=generator).to(dtype)
     cache = (torch.randn(3, TILE_TOKENS, 1, D_QK, generator=generator) / 10).to(dtype)
-    plan = plan_decode(seq_lens.to(device), tables.to(device), s_q=1, h_q=h_q)
+    plan = plan_decode(seq_lens.to(device), tables.to(device), s_q=1, h_q=h_q, num_pages=len(cache))
     out, _ = mla_decode(q.to(device), cache.to(device), plan, softmax_scale=SCALE)
     expected, _ = reference(q, cache, tables, seq_lens, softmax_scale=SCALE)
     error = (out.cpu().double() - expected).abs()

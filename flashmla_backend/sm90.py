@@ -49,6 +49,30 @@ def schedule(
     )
 
 
+def check_bounds(
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    page_size: int,
+    num_pages: int,
+    planned_lens: torch.Tensor,
+    faults: torch.Tensor,
+) -> None:
+    """Enqueue the check of lengths and table; see `bounds.check_on_cpu`."""
+    enqueue(
+        native.load().check_bounds,
+        seq_lens.device,
+        seq_lens.shape[0],
+        page_size,
+        num_pages,
+        seq_lens.data_ptr(),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        block_table.shape[1],
+        planned_lens.data_ptr(),
+        faults.data_ptr(),
+    )
+
+
 def decode(
     q_latent: torch.Tensor,
     q_rope: torch.Tensor,
@@ -62,6 +86,8 @@ def decode(
     partial_lse: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    planned_lens: torch.Tensor | None = None,
+    faults: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Enqueue the decode and combine kernels; see `flashmla_backend.mla_decode`, which checks the arguments."""
     batch, s_q, h_q, _ = q_latent.shape
@@ -90,6 +116,8 @@ def decode(
         items.data_ptr(),
         part_offsets.data_ptr(),
         split_offsets.data_ptr(),
+        0 if planned_lens is None else planned_lens.data_ptr(),
+        0 if faults is None else faults.data_ptr(),
         out.data_ptr(),
         lse.data_ptr(),
         partial_out.data_ptr(),

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from flashmla_backend.api import DecodePlan, plan_decode, workspace_size
 from flashmla_backend.dispatch import default_num_sms
+from flashmla_backend.errors import OutOfBounds
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def outlive(logger: logging.Logger, step: Callable[[], Result]) -> Result:
+    """What `step` returns, with the faults of earlier steps (FLASHMLA_CHECK_BOUNDS=1) in the log.
+
+    Raised, they would take the engine down, and with it every request that is in order.
+    """
+    while True:
+        try:
+            return step()
+        except OutOfBounds as fault:  # of an earlier step, told once
+            logger.error("%s", fault)
 
 
 class StepPlanner:
@@ -18,18 +37,23 @@ class StepPlanner:
     h_q: query heads.
     page_size: tokens per page of the cache.
     longest_query: most new tokens of a request in a step; steps of more have workspaces of their own.
+    logger: told of page ids and lengths out of bounds.
     """
 
-    def __init__(self, device: torch.device, *, h_q: int, page_size: int, longest_query: int):
+    def __init__(
+        self, device: torch.device, *, h_q: int, page_size: int, longest_query: int, logger: logging.Logger = logger
+    ):
         num_sms = default_num_sms(device)
         sizes = [workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms) for s_q in range(1, longest_query + 1)]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
         self.longest_query = longest_query
+        self._logger = logger
         self._plan_decode = partial(plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms)
         self._plans: dict[tuple[int, int], DecodePlan] = {}
 
-    def step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, s_q: int) -> Callable[[], DecodePlan]:
-        """What plans a step, arguments as in `plan_decode`: call it once, before the first layer or captured with it.
+    def step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, s_q: int) -> Callable[..., DecodePlan]:
+        """What plans a step, arguments as in `plan_decode`: call it once, before the first layer or captured with it,
+        as `plan_step(num_pages=...)`.
 
         Only the first step of a shape allocates, here. The plan holds until the next step of that shape is planned.
         """
@@ -37,5 +61,17 @@ class StepPlanner:
         plan = self._plans.get(shape)
         if plan is None:
             workspace = self.workspace if s_q <= self.longest_query else None
-            plan = self._plans[shape] = self._plan_decode(seq_lens, block_table, s_q=s_q, workspace=workspace)
-        return partial(self._plan_decode, seq_lens, block_table, s_q=s_q, reuse=plan)
+            # No lengths yet: how many pages there are is known when the plan is asked for.
+            plan = self._plans[shape] = self._plan(
+                torch.zeros_like(seq_lens), block_table, s_q=s_q, workspace=workspace, num_pages=1
+            )
+        self.log_faults()  # here too: a replayed graph plans without the host
+        return partial(self._plan, seq_lens, block_table, s_q=s_q, reuse=plan)
+
+    def log_faults(self) -> None:
+        """Those of earlier steps, whatever their shape."""
+        for plan in self._plans.values():
+            outlive(self._logger, plan.check)
+
+    def _plan(self, *args: Any, **options: Any) -> DecodePlan:
+        return outlive(self._logger, partial(self._plan_decode, *args, **options))

@@ -37,7 +37,11 @@ def load_ours(device: torch.device) -> Prepare:
     def prepare(problem: Problem) -> list[Call]:
         def call(r: int) -> Call:
             plan = flashmla_backend.plan_decode(
-                problem.seq_lens, problem.block_tables[r], s_q=problem.s_q, h_q=problem.heads
+                problem.seq_lens,
+                problem.block_tables[r],
+                s_q=problem.s_q,
+                h_q=problem.heads,
+                num_pages=problem.cache.shape[0],
             )
             q, cache, scale = problem.queries[r], problem.cache, problem.softmax_scale
             return lambda: flashmla_backend.mla_decode(q, cache, plan, softmax_scale=scale)[0]

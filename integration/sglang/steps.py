@@ -16,15 +16,16 @@ from ..planner import StepPlanner
 
 
 class StepBuffers:
-    """Lengths and block table of up to `rows` requests, and the plans made of them.
+    """Lengths and block table of up to `rows` requests over a cache of `num_pages` tiles, and the plans
+    made of them.
 
     Everything in `plan` is a kernel with shapes that the batch size alone decides, so it may be captured in a CUDA
     graph and then follows SGLang's buffers at every replay.
     """
 
-    def __init__(self, req_to_token: torch.Tensor, rows: int, planner: StepPlanner) -> None:
+    def __init__(self, req_to_token: torch.Tensor, rows: int, planner: StepPlanner, num_pages: int) -> None:
         device = req_to_token.device
-        self.rows, self.planner = rows, planner
+        self.rows, self.planner, self.num_pages = rows, planner, num_pages
         self.req_to_token = req_to_token
         self.tile_starts = req_to_token[:, ::TILE_TOKENS]  # [requests, tiles], a view
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -50,7 +51,7 @@ class StepBuffers:
         if table.device.type == "cpu":
             check_contiguous(self.req_to_token[requests], lengths)
         table.div_(TILE_TOKENS, rounding_mode="floor")
-        return self.planner.step(lengths, table, s_q)()
+        return self.planner.step(lengths, table, s_q)(num_pages=self.num_pages)
 
 
 def check_contiguous(slots: torch.Tensor, seq_lens: torch.Tensor) -> None:

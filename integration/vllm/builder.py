@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -35,16 +34,20 @@ logger = init_logger(LOGGER_NAME)
 class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
     """The decoding requests of a step."""
 
-    plan_step: Callable[[], DecodePlan]
+    plan_step: Callable[..., DecodePlan]
+    planned: DecodePlan | None = None
 
-    @cached_property
-    def plan(self) -> DecodePlan:
+    def plan(self, num_pages: int) -> DecodePlan:
         """Made when the first layer asks, so that a CUDA graph of the layers holds the planning too.
+
+        num_pages: of the cache, the same for all layers.
 
         A replayed graph then follows the lengths it finds, and vLLM may replay one without building metadata first, as
         it does for drafts. It captures with metadata that no layer has asked yet.
         """
-        return self.plan_step()
+        if self.planned is None:
+            self.planned = self.plan_step(num_pages=num_pages)
+        return self.planned
 
 
 class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashMLADecodeMetadata]]):
@@ -58,7 +61,11 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         heads = self.num_heads * self.dcp_world_size  # DCP splits the tokens among its ranks and gathers their heads
         self.planner = StepPlanner(
-            device, h_q=heads, page_size=self.page_size, longest_query=self.reorder_batch_threshold
+            device,
+            h_q=heads,
+            page_size=self.page_size,
+            longest_query=self.reorder_batch_threshold,
+            logger=logger,
         )
         logger.info_once(
             "flashmla_backend %s serves MLA decode: %s, %d-token pages, %d query heads, workspace %.0f MiB",

@@ -82,7 +82,7 @@ class FlashMLAImpl(MLACommonImpl[MLACommonMetadata[FlashMLADecodeMetadata]]):
         out, lse = mla_decode(
             (latent.unflatten(0, queries), rope.unflatten(0, queries)),  # [B, S_q, N, 512] and [B, S_q, N, 64]
             kv_c_and_k_pe_cache.unsqueeze(2),  # [pages, 64, 1, 576]
-            decode.plan,
+            decode.plan(num_pages=kv_c_and_k_pe_cache.shape[0]),
             softmax_scale=self.scale,
         )
         return out.view(tokens, heads, -1), lse.view(tokens, heads)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "flashmla/bounds.h"
 #include "flashmla/build_info.h"
 #include "flashmla/decode.h"
 #include "flashmla/device.h"
@@ -102,8 +103,9 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
             bool causal, float softmax_scale, uintptr_t q_latent, Strides q_latent_strides,
             uintptr_t q_rope, Strides q_rope_strides, uintptr_t kv, Strides kv_strides,
             uintptr_t seq_lens, uintptr_t block_table, int64_t block_table_stride, uintptr_t items,
-            uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t out, uintptr_t lse,
-            uintptr_t partial_out, uintptr_t partial_lse, uintptr_t stream) {
+            uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t planned_lens,
+            uintptr_t faults, uintptr_t out, uintptr_t lse, uintptr_t partial_out,
+            uintptr_t partial_lse, uintptr_t stream) {
   flashmla_decode_params p = decode_params(
       dtype, shape, page_size, num_pages, causal, softmax_scale, q_latent, q_latent_strides, q_rope,
       q_rope_strides, kv, kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
@@ -111,6 +113,8 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
   p.items = pointer<const int32_t>(items);
   p.part_offsets = pointer<const int32_t>(part_offsets);
   p.split_offsets = pointer<const int32_t>(split_offsets);
+  p.planned_lens = pointer<const int32_t>(planned_lens);
+  p.faults = pointer<flashmla_fault_box>(faults);
   p.partial_out = pointer<float>(partial_out);
   p.partial_lse = pointer<float>(partial_lse);
   check(flashmla_decode(&p));
@@ -142,6 +146,23 @@ void schedule(int batch, int num_parts, std::array<int, 6> cost, uintptr_t seq_l
   check(flashmla_schedule(&p));
 }
 
+void check_bounds(int batch, int page_size, int num_pages, uintptr_t seq_lens,
+                  uintptr_t block_table, int64_t block_table_stride, int table_width,
+                  uintptr_t planned_lens, uintptr_t faults, uintptr_t stream) {
+  flashmla_bounds_params p{};
+  p.batch = batch;
+  p.page_size = page_size;
+  p.num_pages = num_pages;
+  p.seq_lens = pointer<const int32_t>(seq_lens);
+  p.block_table = pointer<const int32_t>(block_table);
+  p.block_table_stride = block_table_stride;
+  p.table_width = table_width;
+  p.planned_lens = pointer<int32_t>(planned_lens);
+  p.faults = pointer<flashmla_fault_box>(faults);
+  p.stream = pointer<void>(stream);
+  check(flashmla_check_bounds(&p));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -152,12 +173,16 @@ PYBIND11_MODULE(_native, module) {
   module.def("decode", &decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a, "num_parts"_a,
              "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
-             "block_table_stride"_a, "items"_a, "part_offsets"_a, "split_offsets"_a, "out"_a,
-             "lse"_a, "partial_out"_a, "partial_lse"_a, "stream"_a);
+             "block_table_stride"_a, "items"_a, "part_offsets"_a, "split_offsets"_a,
+             "planned_lens"_a, "faults"_a, "out"_a, "lse"_a, "partial_out"_a, "partial_lse"_a,
+             "stream"_a);
   module.def("naive_decode", &naive_decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a,
              "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
              "block_table_stride"_a, "out"_a, "lse"_a, "stream"_a);
   module.def("schedule", &schedule, "batch"_a, "num_parts"_a, "cost"_a, "seq_lens"_a, "items"_a,
              "part_offsets"_a, "split_offsets"_a, "stream"_a);
+  module.def("check_bounds", &check_bounds, "batch"_a, "page_size"_a, "num_pages"_a, "seq_lens"_a,
+             "block_table"_a, "block_table_stride"_a, "table_width"_a, "planned_lens"_a, "faults"_a,
+             "stream"_a);
 }

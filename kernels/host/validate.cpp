@@ -37,6 +37,13 @@ flashmla_status check_stride(const char* name, int64_t stride, int64_t least) {
               name, static_cast<long long>(stride), static_cast<long long>(least));
 }
 
+flashmla_status check_planned(const flashmla_decode_params& p) {
+  if (p.planned_lens == nullptr) return FLASHMLA_OK;
+  if (const flashmla_status status = check_pointer("planned_lens", p.planned_lens, 4))
+    return status;
+  return check_pointer("faults", p.faults, 8);
+}
+
 // The first check that does not hold.
 template <typename... Checks>
 flashmla_status first_failure(const Checks&... checks) {
@@ -46,6 +53,27 @@ flashmla_status first_failure(const Checks&... checks) {
 }
 
 }  // namespace
+
+flashmla_status validate(const flashmla_bounds_params& p) {
+  const flashmla_status numbers =
+      first_failure([&] { return check_range("batch", p.batch, 0, INT_MAX); },
+                    [&] { return check_range("page_size", p.page_size, 1, INT_MAX); },
+                    [&] { return check_range("num_pages", p.num_pages, 1, INT_MAX); },
+                    [&] { return check_range("table_width", p.table_width, 0, INT_MAX); });
+  if (numbers != FLASHMLA_OK || p.batch == 0) return numbers;
+  if (p.batch > 1 && p.block_table_stride < p.table_width) {
+    return fail(FLASHMLA_INVALID_ARGUMENT,
+                "block_table_stride is %lld elements; accepted: at least table_width, %d",
+                static_cast<long long>(p.block_table_stride), p.table_width);
+  }
+  return first_failure([&] { return check_pointer("seq_lens", p.seq_lens, 4); },
+                       [&] {
+                         return p.table_width == 0 ? FLASHMLA_OK
+                                                   : check_pointer("block_table", p.block_table, 4);
+                       },
+                       [&] { return check_pointer("planned_lens", p.planned_lens, 4); },
+                       [&] { return check_pointer("faults", p.faults, 8); });
+}
 
 flashmla_status validate(const flashmla_decode_params& p) {
   const auto range = [](const char* name, int value, int least, int most) {
@@ -100,9 +128,9 @@ flashmla_status validate(const flashmla_decode_params& p) {
       pointer("q_rope", p.q_rope.data, 16), pointer("kv", p.kv, 16),
       pointer("seq_lens", p.seq_lens, 4), pointer("block_table", p.block_table, 4),
       pointer("items", p.items, 16), pointer("part_offsets", p.part_offsets, 4),
-      pointer("split_offsets", p.split_offsets, 4), pointer("out", p.out, 16),
-      pointer("lse", p.lse, 4), pointer("partial_out", p.partial_out, 16),
-      pointer("partial_lse", p.partial_lse, 4));
+      pointer("split_offsets", p.split_offsets, 4), [&] { return check_planned(p); },
+      pointer("out", p.out, 16), pointer("lse", p.lse, 4),
+      pointer("partial_out", p.partial_out, 16), pointer("partial_lse", p.partial_lse, 4));
 }
 
 flashmla_status validate(const flashmla_schedule_params& p) {

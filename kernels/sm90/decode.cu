@@ -104,6 +104,8 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.items = reinterpret_cast<const int4*>(p.items);
   arguments.part_offsets = p.part_offsets;
   arguments.split_offsets = p.split_offsets;
+  arguments.planned_lens = p.planned_lens;
+  arguments.faults = p.faults;
   arguments.out = p.out;
   arguments.lse = p.lse;
   arguments.partial_out = p.partial_out;

@@ -14,6 +14,7 @@
 // after S.
 #pragma once
 
+#include "sm90/bounds.cuh"
 #include "sm90/decode_shared.cuh"
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"
@@ -121,6 +122,7 @@ __device__ __forceinline__ void store_probabilities(uint8_t* tile, int k, const 
 // Zeroes the V rows from `valid_rows` on of one half of a page, by the warpgroup that reads it:
 // they may hold anything, NaN included, and 0 x NaN is NaN.
 __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
+  valid_rows = max(valid_rows, 0);  // a length may end before this page: then all of it
 #pragma unroll 1
   for (int i = threadIdx.x % 128; i < (kTileTokens - valid_rows) * kHalfTiles * 8; i += 128) {
     const int row = valid_rows + i / (kHalfTiles * 8), tile = i / 8 % kHalfTiles, chunk = i % 8;
@@ -152,7 +154,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       load_next_query(i + 1);
       continue;
     }
-    const int length = __ldg(a.seq_lens + item.request);
+    const int length = request_length(a, item.request);
     int limit[2];  // tokens that each of this thread's rows sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -260,7 +262,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       store_empty<Element>(a, item, kv_head, row_begin);
       continue;
     }
-    const int length = __ldg(a.seq_lens + item.request);
+    const int length = request_length(a, item.request);
     float inverse_sum[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
@@ -356,6 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       stream_right(a, shared, kv_head, first, last);
     } else {
       stream_queries(a, shared, row_begin, kv_head, first, last);
+      if (threadIdx.x < 96 && blockIdx.x + kv_head == 0) report_stale_plan(a, first, last);
     }
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();

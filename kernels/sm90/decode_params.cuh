@@ -24,6 +24,8 @@ struct DecodeArguments {
   const int4* items;
   const int32_t* part_offsets;
   const int32_t* split_offsets;
+  const int32_t* planned_lens;  // null unless lengths are checked
+  flashmla_fault_box* faults;
   void* out;
   float* lse;
   float* partial_out;

@@ -1,13 +1,16 @@
 // Small decodes on the GPU with no Python in sight, against double precision on the host: with a
-// schedule made by hand, with the device scheduler's, and by the textbook kernel. Prints one line
-// for each case. Exit code: 0 all are right, 1 one is not, 2 no device.
+// schedule made by hand, with the device scheduler's, with lengths out of bounds, and by the
+// textbook kernel. Prints one line for each case. Exit code: 0 all are right, 1 one is not, 2 no
+// device.
 #include <cuda_runtime_api.h>
 
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 
 #include "decode_problem.h"
+#include "flashmla/bounds.h"
 #include "flashmla/device.h"
 #include "flashmla/naive.h"
 #include "flashmla/schedule.h"
@@ -93,6 +96,45 @@ class Case {
       if (const flashmla_status status = flashmla_decode(&params)) return status;
       return flashmla_decode(&params);
     });
+  }
+
+  // The same where requests without tokens have lengths that the table does not hold: the answer is
+  // that of no tokens, and one of these requests is reported.
+  bool checked_decode() {
+    std::vector<int32_t> lengths = shape_.lengths;
+    for (int32_t& length : lengths) length = length == 0 ? INT_MAX : length;
+    const Room<int32_t> spoilt(lengths), planned_lens(lengths.size());
+    void* host = nullptr;
+    check(cudaHostAlloc(&host, sizeof(flashmla_fault), cudaHostAllocMapped), "cudaHostAlloc");
+    const std::unique_ptr<void, cudaError_t (*)(void*)> owner(host, &cudaFreeHost);
+    auto* fault = new (host) flashmla_fault{};
+    const Room<flashmla_fault_box> box(std::vector<flashmla_fault_box>{{0, fault}});
+
+    flashmla_bounds_params bounds{};
+    bounds.batch = shape_.batch();
+    bounds.page_size = shape_.page_size;
+    bounds.num_pages = shape_.num_pages();
+    bounds.seq_lens = spoilt.get();
+    bounds.block_table = table_.get();
+    bounds.block_table_stride = bounds.table_width = shape_.table_width();
+    bounds.planned_lens = planned_lens.get();
+    bounds.faults = box.get();
+    flashmla_schedule_params schedule = schedule_params();
+    schedule.seq_lens = planned_lens.get();
+    flashmla_decode_params params = decode_params();
+    params.seq_lens = spoilt.get();
+    params.planned_lens = planned_lens.get();
+    params.faults = box.get();
+    const bool right = judge("checked", [&] {
+      if (const flashmla_status status = flashmla_check_bounds(&bounds)) return status;
+      if (const flashmla_status status = flashmla_schedule(&schedule)) return status;
+      return flashmla_decode(&params);
+    });
+    const bool told = fault->kind == FLASHMLA_FAULT_LENGTH && fault->value == INT_MAX &&
+                      shape_.lengths[fault->request] == 0;
+    std::printf("%s fault of kind %d, request %d, value %d\n", told ? "OK" : "FAIL", fault->kind,
+                fault->request, fault->value);
+    return right && told;
   }
 
   bool naive_decode() {
@@ -251,5 +293,7 @@ int main() {
     right &= c.decode();
     right &= c.naive_decode();
   }
+  right &= Case(cut, device_schedule(8)).checked_decode();
+  right &= Case(many, device_schedule(3)).checked_decode();
   return right ? 0 : 1;
 }

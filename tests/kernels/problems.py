@@ -128,6 +128,7 @@ def plan_of(problem: Problem, *, causal: bool, **options: object) -> flashmla_ba
         h_kv=problem.kv_cache.shape[2],
         page_size=problem.kv_cache.shape[1],
         causal=causal,
+        num_pages=problem.kv_cache.shape[0],
         **options,  # type: ignore[arg-type]
     )
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from flashmla_backend import DecodePlan, api, plan_decode
+from flashmla_backend import DecodePlan, api, bounds, plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.sglang.steps import StepBuffers
 
 CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
 HEADS = 16
+PAGES = 400  # 64-token tiles of the cache
 
 
-def step_buffers(table: torch.Tensor, rows: int) -> StepBuffers:
-    return StepBuffers(table, rows, StepPlanner(table.device, h_q=HEADS, page_size=64, longest_query=2))
+def step_buffers(table: torch.Tensor, rows: int, num_pages: int = PAGES) -> StepBuffers:
+    logger = logging.getLogger("flashmla_backend.sglang")
+    planner = StepPlanner(table.device, h_q=HEADS, page_size=64, longest_query=2, logger=logger)
+    return StepBuffers(table, rows, planner, num_pages)
 
 
 def token_table(lengths: list[int], page_size: int) -> torch.Tensor:
@@ -58,7 +63,7 @@ def test_plans_of_a_shape_lie_in_the_same_buffers() -> None:
         plan = buffers.plan(torch.tensor(requests), torch.tensor(lens), added=added, s_q=1)
         assert addresses(plan) == first[len(requests)]
         assert plan.seq_lens.tolist() == [length + added for length in lens]
-        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
+        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS, num_pages=PAGES)
         assert str(plan) == str(fresh)
     assert buffers.block_table.shape == (4, 5)  # tiles of the longest context
 
@@ -89,6 +94,22 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
     with pytest.raises(InvalidArgument, match=message):
         buffers.plan(torch.tensor([request]), torch.tensor([100]), added=0, s_q=1)
     buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
+
+
+def test_faults_are_logged_and_the_next_step_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(bounds.VARIABLE, "1")
+    table = token_table([100, 64], 64)
+    buffers = step_buffers(table, rows=4, num_pages=int(table[1, 0]) // 64)  # one too few for request 1
+    requests, lens = torch.tensor([0, 1]), torch.tensor([0, 64])
+    plan = buffers.plan(requests, lens, added=0, s_q=1)
+    assert plan.bounds is not None and plan.bounds.planned_lens.tolist() == [0, bounds.AT_FAULT]
+    with caplog.at_level(logging.ERROR, "flashmla_backend.sglang"):
+        buffers.plan(requests[:1], lens[:1], added=0, s_q=1)
+        buffers.planner.log_faults()
+    (record,) = caplog.records
+    assert "block_table[1, 0] was" in record.getMessage()
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 32])

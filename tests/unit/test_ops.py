@@ -16,6 +16,34 @@ def plan_of(problem: Problem) -> flashmla_backend.DecodePlan:
     return flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=1, h_q=8, num_sms=4)
 
 
+def test_opcheck_of_the_bounds_checks() -> None:
+    problem = make_problem([0, 100, 700], h_q=8)
+    planned_lens = torch.empty_like(problem.seq_lens)
+    faults = torch.zeros(5, dtype=torch.int32)
+    pages = len(problem.kv_cache)
+    torch.library.opcheck(ops.check_bounds, (problem.seq_lens, problem.block_table, 64, pages, planned_lens, faults))
+    plan = plan_of(problem)
+    torch.library.opcheck(
+        ops.mla_decode,
+        (
+            problem.q[..., :512],
+            problem.q[..., 512:],
+            problem.kv_cache.nan_to_num(),
+            problem.block_table,
+            problem.seq_lens,
+            plan.items,
+            plan.part_offsets,
+            plan.split_offsets,
+            plan.partial_out,
+            plan.partial_lse,
+            0.1,
+            True,
+            problem.seq_lens.clone(),
+            faults,
+        ),
+    )
+
+
 def test_opcheck() -> None:
     problem = make_problem([0, 100, 700], h_q=8)
     plan = plan_of(problem)

@@ -23,8 +23,10 @@ DECODE = {
     "num_parts": 132,
     "causal": True,
     "softmax_scale": 0.1,
-    "q": 16,
-    "q_strides": (4608, 4608, 576),
+    "q_latent": 16,
+    "q_latent_strides": (4608, 4608, 576),
+    "q_rope": 1040,
+    "q_rope_strides": (4608, 4608, 576),
     "kv": 32,
     "kv_strides": (36864, 576, 576),
     "seq_lens": 4,
@@ -33,6 +35,8 @@ DECODE = {
     "items": 16,
     "part_offsets": 4,
     "split_offsets": 4,
+    "planned_lens": 0,
+    "faults": 0,
     "out": 16,
     "lse": 4,
     "partial_out": 16,
@@ -50,19 +54,35 @@ SCHEDULE = {
     "stream": 0,
 }
 
+BOUNDS = {
+    "batch": 2,
+    "page_size": 64,
+    "num_pages": 10,
+    "seq_lens": 4,
+    "block_table": 4,
+    "block_table_stride": 4,
+    "table_width": 4,
+    "planned_lens": 4,
+    "faults": 8,
+    "stream": 0,
+}
+
 
 @needs_build
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"q": 0}, "q is null; accepted: a device pointer"),
-        ({"q": 8}, "q is at 0x8; accepted: a device pointer aligned to 16 bytes"),
+        ({"q_latent": 0}, "q_latent is null; accepted: a device pointer"),
+        ({"q_rope": 8}, "q_rope is at 0x8; accepted: a device pointer aligned to 16 bytes"),
         ({"kv": 40}, "kv is at 0x28; .* aligned to 16 bytes"),
         ({"out": 4}, "out is at 0x4; .* aligned to 16 bytes"),
         ({"items": 4}, "items is at 0x4; .* aligned to 16 bytes"),
         ({"seq_lens": 2}, "seq_lens is at 0x2; .* aligned to 4 bytes"),
         ({"partial_out": 0}, "partial_out is null"),
-        ({"q_strides": (4608, 4608, 577)}, "q_head_stride is 577 elements; accepted: a multiple of 8"),
+        ({"q_latent_strides": (4608, 4608, 577)}, r"q_latent\.head_stride is 577 elements; accepted: a multiple of 8"),
+        ({"planned_lens": 4}, "faults is null; accepted: a device pointer"),
+        ({"planned_lens": 2}, "planned_lens is at 0x2; .* aligned to 4 bytes"),
+        ({"planned_lens": 4, "faults": 12}, "faults is at 0xc; .* aligned to 8 bytes"),
         ({"kv_strides": (36860, 576, 576)}, "kv_page_stride is 36860 elements; accepted: a multiple of 8"),
         ({"kv_strides": (0, 576, 576)}, "kv_page_stride is 0 elements; .* from 8 up"),
         ({"page_size": 32}, "page_size is 32; accepted: a multiple of 64"),
@@ -101,12 +121,33 @@ def test_schedule(changes: dict, message: str) -> None:
 
 
 @needs_build
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch": -1}, "batch is -1; accepted: 0 to"),
+        ({"page_size": 0}, "page_size is 0; accepted: 1 to"),
+        ({"num_pages": 0}, "num_pages is 0; accepted: 1 to"),
+        ({"table_width": -1}, "table_width is -1; accepted: 0 to"),
+        ({"block_table_stride": 3}, "block_table_stride is 3 elements; accepted: at least table_width, 4"),
+        ({"seq_lens": 0}, "seq_lens is null"),
+        ({"block_table": 2}, "block_table is at 0x2; .* aligned to 4 bytes"),
+        ({"planned_lens": 0}, "planned_lens is null"),
+        ({"faults": 4}, "faults is at 0x4; .* aligned to 8 bytes"),
+    ],
+)
+def test_check_bounds(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        native.load().check_bounds(**(BOUNDS | changes))
+
+
+@needs_build
 def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
     if any(device.compute_capability == (9, 0) for device in native.devices()):
         pytest.skip("there is one, and the addresses are made up")
-    for call in (lambda: native.load().decode(**DECODE), lambda: native.load().schedule(**SCHEDULE)):
+    module = native.load()
+    for call, arguments in ((module.decode, DECODE), (module.schedule, SCHEDULE), (module.check_bounds, BOUNDS)):
         with pytest.raises(RuntimeError, match=r"there is no CUDA device|has compute capability .* run on 9\.0"):
-            call()
+            call(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from vllm.model_executor.layers.attention.mla_attention import QueryLenSupport
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
-from flashmla_backend import plan_decode, reference
+from flashmla_backend import bounds, plan_decode, reference
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.vllm.backend import FlashMLABackend
@@ -58,7 +59,7 @@ def test_one_plan_a_step(newer: dict[str, int]) -> None:
     assert decode.block_table is problem.block_table
     assert decode.seq_lens is problem.seq_lens
     expected = plan_decode(problem.seq_lens, problem.block_table, s_q=2, h_q=HEADS, page_size=64, causal=True)
-    assert str(decode.plan) == str(expected)
+    assert str(decode.plan(num_pages=len(problem.kv_cache))) == str(expected)
 
 
 def test_the_first_layer_plans_for_all() -> None:
@@ -66,19 +67,51 @@ def test_the_first_layer_plans_for_all() -> None:
     problem = make_problem([1, 1], h_q=HEADS)
     decode = build_decode(problem, 1)
     problem.seq_lens.copy_(torch.tensor([64, 3]))
-    planned = decode.plan
+    planned = decode.plan(num_pages=len(problem.kv_cache))
     assert planned.items[: planned.part_offsets[-1], :3].tolist() == [[0, 0, 1], [1, 0, 1]]
-    assert decode.plan is planned
+    assert decode.plan(num_pages=len(problem.kv_cache)) is planned
 
 
 def test_steps_of_one_shape_share_their_buffers() -> None:
     planner = StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=2)
     problems = [make_problem(lengths, s_q=s_q, h_q=HEADS) for lengths, s_q in (([7, 900], 1), ([5], 1), ([7, 900], 2))]
-    first = [build_decode(problem, problem.q.shape[1], planner).plan for problem in problems]
-    again = [build_decode(problem, problem.q.shape[1], planner).plan for problem in problems]
+    first, again = (
+        [build_decode(p, p.q.shape[1], planner).plan(num_pages=len(p.kv_cache)) for p in problems] for _ in range(2)
+    )
     addresses = [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in first]
     assert addresses == [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in again]
     assert len({address for three in addresses for address in three}) == 9
+
+
+def test_faults_are_logged_and_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FLASHMLA_CHECK_BOUNDS=1: raised in `build`, they would end vLLM's engine core."""
+    monkeypatch.setenv(bounds.VARIABLE, "1")
+    planner = StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=1)
+    problem = make_problem([63, 64, 200], h_q=HEADS, dtype=torch.float32)
+    entry = int(problem.block_table[2, 1])
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        metadata = SimpleNamespace(num_decodes=3, decode=build_decode(problem, 1, planner))
+        result: tuple[torch.Tensor, torch.Tensor] = impl().forward_mqa(
+            problem.q.flatten(0, 1), problem.kv_cache.squeeze(2), metadata, layer=None
+        )
+        return result
+
+    problem.block_table[2, 1] = -1
+    out, lse = step()
+    assert not out[2].any() and torch.all(lse[2] == float("-inf")) and out[:2].any()
+    problem.block_table[2, 1] = entry
+    with caplog.at_level(logging.ERROR, "flashmla_backend.integration.planner"):
+        out, lse = step()
+        step()
+    (record,) = caplog.records
+    assert "block_table[2, 1] was -1; accepted: 0 to" in record.getMessage()
+    expected_out, expected_lse = reference.mla_decode(
+        problem.q, problem.kv_cache, problem.block_table, problem.seq_lens, softmax_scale=SCALE
+    )
+    check_close(out, lse, expected_out.flatten(0, 1), expected_lse.flatten(0, 1))
 
 
 @pytest.mark.parametrize("lengths", [[1, 2, 3, 70, 300], [1, 1, 1]], ids=["some shards empty", "all but one empty"])

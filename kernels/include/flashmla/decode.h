@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "flashmla/bounds.h"
 #include "flashmla/status.h"
 
 #ifdef __cplusplus
@@ -48,6 +49,9 @@ typedef struct flashmla_decode_params {
   const int32_t* items;          // [.., 4] request, page_begin, page_end, split; 16-byte aligned
   const int32_t* part_offsets;   // [num_parts + 1]
   const int32_t* split_offsets;  // [B + 1]
+
+  const int32_t* planned_lens;  // [B] of flashmla_check_bounds; null: lengths are not checked
+  flashmla_fault_box* faults;   // null only with planned_lens
 
   void* out;           // [B, S_q, H_q, 512] contiguous
   float* lse;          // [B, S_q, H_q]
