@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cached-tokens", type=int, default=131072, help="that the cache holds")
     parser.add_argument("--limit", type=float, default=150, help="seconds per server, its start included")
-    parser.add_argument("--bound", type=float, default=0.5, help="in logprobs; two right backends differ by about 0.2")
+    parser.add_argument("--bound", type=float, default=0.5, help="mean difference in logprobs that is accepted")
     parser.add_argument("--logs", type=Path, default=Path("sglang-serve-logs"))
     parser.add_argument("--out", type=Path, default=Path("sglang-serve.json"))
     parser.add_argument("--commit", help="for the report, where git cannot tell")

@@ -1,8 +1,8 @@
-"""The speculation cases of SGLang's kit on a GPU, as a script: `python tests/sglang/kit_on_gpu.py [--out kit.json]`.
+"""What of SGLang's kit needs a GPU, as a script: `python tests/sglang/kit_on_gpu.py [--out kit.json]`.
 
-Verification of chains and draft extension with the metadata of CUDA graphs, and SGLang's two draft runners with real
-graphs; prompts and decode are tests/sglang/test_kit.py's. The record is written after every case. Exit code 1 if a case
-fails or skips, or is left out because --seconds are over.
+Decode with queries and rows in two parts, verification of chains and draft extension with the metadata of CUDA graphs,
+and SGLang's two draft runners with real graphs; prompts and decode are tests/sglang/test_kit.py's. The record is
+written after every case. Exit code 1 if a case fails or skips, or is left out because --seconds are over.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from parts import check_parts
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins import load_plugins
-from sglang.test.kits.attention_unittest.attention_methods.mla_attention import MLAAttentionCase
+from sglang.test.kits.attention_unittest.attention_methods.mla_attention import (
+    MLAAttentionCase,
+    build_mla_attention_fixture,
+)
 from sglang.test.kits.attention_unittest.runner_modes import (
     speculative_draft_extend_runner,
     speculative_draft_runner,
@@ -63,6 +67,7 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
             accepted = case(ForwardMode.DRAFT_EXTEND_V2, (61, 300), (DRAFTS,) * 2)
             steps = case(ForwardMode.DECODE, (61, 300))
             run = {
+                "parts": (decode_in_parts, steps, {}),
                 "verify": (verify.run_mla_eagle_verify_case, chains, {"topk": 1}),
                 "verify, graph": (verify.run_mla_eagle_verify_cuda_graph_case, short_chains, {"topk": 1}),
                 "draft extend, graph": (extend.run_mla_draft_extend_v2_cuda_graph_case, accepted, {}),
@@ -74,6 +79,10 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                     f"{name}, {heads} heads, pages of {page_size}",
                     partial(function, NothingMaySkip(), made, **more, **shape),
                 )
+
+
+def decode_in_parts(test: NothingMaySkip, case: MLAAttentionCase, **shape: Any) -> None:
+    check_parts(build_mla_attention_fixture(test, case, **shape))
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from flashmla_backend import selfcheck
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.sglang import draft
 
+from .parts import check_parts
 from .test_kit import SHAPE, NothingMaySkip, case
 
 HEADS, PREFIXES = 16, (61, 64, 300)
@@ -45,21 +46,7 @@ def attend(fixture: Any, rows: int) -> torch.Tensor:
 
 
 def test_queries_and_rows_in_two_parts(fixture: Any) -> None:
-    backend, batch, layer = fixture.backend, fixture.forward_batch, fixture.actual_module.attn_mqa
-    backend.init_forward_metadata(batch)
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(3, heads, 576, generator=generator).to(SHAPE["dtype"]) for heads in (HEADS, 1))
-    cache = backend.token_to_kv_pool.get_key_buffer(layer.layer_id)
-    whole = backend.forward_decode(q.flatten(1), k, k[..., :512], layer, batch)
-    written = cache.clone()
-    cache[batch.out_cache_loc] = 0
-
-    # As SGLang makes the latent part: heads outermost in memory.
-    latent = q[..., :512].transpose(0, 1).contiguous().transpose(0, 1)
-    parts = {"q_rope": q[..., 512:], "k_rope": k[..., 512:]}
-    apart = backend.forward_decode(latent, k[..., :512], k[..., :512], layer, batch, **parts)
-    assert torch.equal(cache, written) and cache[batch.out_cache_loc].any()
-    assert torch.equal(apart, whole) and whole.any()
+    check_parts(fixture)
 
 
 def test_parts_of_prompts_are_joined(registered: None) -> None:
