@@ -2,7 +2,7 @@
 
 Each mutant is one small mistake (a bound off by one, `<` for `<=`, floor for ceil, swapped operands, a dropped arm of
 min or max) in a temporary copy of the tree. The tests listed with its file must fail, or run out of time. Exit code 1
-if a mutant survives that `equivalent_mutants.txt` does not excuse, or if an excuse is of no use any more.
+if a mutant survives that `equivalent_mutants.txt` does not excuse, or if an excuse names no mutant any more.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def verdict_on(mutant: Mutant, tree: Path, limits: dict[Tests, float]) -> str:
 
 
 def check(mutants: Sequence[Mutant], excused: dict[str, str], tree: Path) -> list[dict[str, Any]]:
-    """One record a mutant, survivors printed as they are found."""
+    """One record a mutant. Survivors are printed as they are found, and loops without end, to be looked at once."""
     limits = time_limits(dict.fromkeys(mutant.path for mutant in mutants), tree)
     records = []
     for mutant in mutants:
@@ -265,8 +265,8 @@ def check(mutants: Sequence[Mutant], excused: dict[str, str], tree: Path) -> lis
         file.write_text(source)
         seconds = round(time.monotonic() - start, 2)
         records.append({"mutant": mutant.name, "line": mutant.line, "verdict": verdict, "seconds": seconds})
-        if verdict == "survived":
-            print(f"survived: line {mutant.line}: {mutant.name}", flush=True)
+        if verdict in ("survived", "timed out"):
+            print(f"{verdict}: line {mutant.line}: {mutant.name}", flush=True)
     return records
 
 
