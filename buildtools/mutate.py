@@ -93,6 +93,7 @@ def outcome(tree: Path, tests: Tests, limit_s: float) -> int | None:
         code = 2
         try:
             os.setsid()
+            signal.alarm(round(limit_s) + 5)  # it must not outlive us for long, should we be killed
             with (tree / LOG).open("w") as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
