@@ -1,4 +1,4 @@
-"""buildtools/mutate.py: what it takes for a mutant, and a sample of the check itself; all of it takes minutes."""
+"""buildtools/mutants.py, and a sample of what buildtools/mutate.py does with them; all of it takes minutes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import sys
 
 import mutate
 import pytest
+from mutants import mutants_of, mutated
 
 SAMPLE, SEED = 15, 1
 
 
 def changes(source: str) -> set[str]:
-    return {f"{m.old} -> {m.new}" for m in mutate.mutants_of("file.py", source)}
+    return {f"{m.old} -> {m.new}" for m in mutants_of("file.py", source)}
 
 
 @pytest.mark.parametrize(
@@ -39,13 +40,13 @@ def test_ceil_becomes_floor() -> None:
 
 def test_only_the_expression_changes() -> None:
     source = "x = [\n    a,  # é\n    b + 1,\n]\n"
-    (plus,) = (m for m in mutate.mutants_of("file.py", source) if m.old == "b + 1")
-    assert mutate.mutated(source, plus) == "x = [\n    a,  # é\n    (b - 1),\n]\n"
+    (plus,) = (m for m in mutants_of("file.py", source) if m.old == "b + 1")
+    assert mutated(source, plus) == "x = [\n    a,  # é\n    (b - 1),\n]\n"
     assert plus.name == "file.py | module | b + 1 -> b - 1" and plus.line == 3
 
 
 def test_equals_have_numbers() -> None:
-    names = [m.name for m in mutate.mutants_of("file.py", "def f(): return 1, 1")]
+    names = [m.name for m in mutants_of("file.py", "def f(): return 1, 1")]
     assert names == [f"file.py | f | 1 -> {new}" for new in ("2", "0", "2 #2", "0 #2")]
 
 
