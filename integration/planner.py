@@ -36,50 +36,35 @@ class StepPlanner:
     device: of the lengths and block tables.
     h_q: query heads.
     page_size: tokens per page of the cache.
-    longest_query: most new tokens of a request in a step; steps of more have workspaces of their own.
-    num_pages: of the cache, where it is known already; else `plan_step` is told.
+    longest_query: most new tokens of a request in a step.
     logger: told of page ids and lengths out of bounds.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        *,
-        h_q: int,
-        page_size: int,
-        longest_query: int,
-        num_pages: int | None = None,
-        logger: logging.Logger = logger,
+        self, device: torch.device, *, h_q: int, page_size: int, longest_query: int, logger: logging.Logger = logger
     ):
         num_sms = default_num_sms(device)
         sizes = [workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms) for s_q in range(1, longest_query + 1)]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
-        self.longest_query = longest_query
         self._logger = logger
-        self._plan_decode = partial(plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms, num_pages=num_pages)
+        self._plan_decode = partial(plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms)
         self._plans: dict[tuple[int, int], DecodePlan] = {}
 
     def step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, s_q: int) -> Callable[..., DecodePlan]:
         """What plans a step, arguments as in `plan_decode`: call it once, before the first layer or captured with it,
-        as `plan_step(num_pages=...)` where the planner does not know the number.
+        as `plan_step(num_pages=...)`.
 
         Only the first step of a shape allocates, here. The plan holds until the next step of that shape is planned.
         """
         shape = (seq_lens.shape[0], s_q)
         plan = self._plans.get(shape)
         if plan is None:
-            workspace = self.workspace if s_q <= self.longest_query else None
             # No lengths yet: how many pages there are is known when the plan is asked for.
             plan = self._plans[shape] = self._plan(
-                torch.zeros_like(seq_lens), block_table, s_q=s_q, workspace=workspace, num_pages=1
+                torch.zeros_like(seq_lens), block_table, s_q=s_q, workspace=self.workspace, num_pages=1
             )
-        self.log_faults()
+        outlive(self._logger, plan.check)  # here too: a replayed graph plans without the host
         return partial(self._plan, seq_lens, block_table, s_q=s_q, reuse=plan)
-
-    def log_faults(self) -> None:
-        """Of the steps before this one. `step` does it too, but a graph may be replayed without a call of it."""
-        if self._plans:
-            outlive(self._logger, next(iter(self._plans.values())).check)  # one speaks for all of the device
 
     def _plan(self, *args: Any, **options: Any) -> DecodePlan:
         return outlive(self._logger, partial(self._plan_decode, *args, **options))

@@ -42,6 +42,8 @@ class FlashMLABackend(PrefillBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.max_context_len = model_runner.model_config.context_len
         self.h_q = compat.query_heads(model_runner)
+        pool = model_runner.token_to_kv_pool
+        self.num_pages = pool.get_key_buffer(pool.start_layer).shape[0] // TILE_TOKENS
         self.added = added
         self._eager: StepBuffers | None = None
         self._captured: StepBuffers | None = None
@@ -59,19 +61,21 @@ class FlashMLABackend(PrefillBackend):
         elif forward_batch.batch_size:
             if self._eager is None or self._eager.rows < forward_batch.batch_size:
                 power_of_two = 1 << (forward_batch.batch_size - 1).bit_length()  # so that they rarely grow
-                self._eager = StepBuffers(self.req_to_token, power_of_two, self.h_q)
+                self._eager = StepBuffers(self.req_to_token, power_of_two, self.h_q, self.num_pages)
             self.forward_metadata = self._plan(self._eager, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         # Graphs keep the addresses they were captured with: these buffers are never replaced by larger ones.
         if self._captured is None:
-            self._captured = StepBuffers(self.req_to_token, max_bs, self.h_q)
+            self._captured = StepBuffers(self.req_to_token, max_bs, self.h_q, self.num_pages)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if is_prompt(forward_batch.forward_mode):
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
         elif in_capture:
             self._graph_buffers(forward_batch).reserve(query_tokens(forward_batch))
+        elif self._captured is not None:
+            self._captured.log_faults()
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         if is_prompt(forward_batch.forward_mode):

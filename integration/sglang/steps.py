@@ -6,23 +6,31 @@ hands out whole pages, so with pages of a multiple of 64 tokens the slot of ever
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+
 import torch
 
 from flashmla_backend import DecodePlan, plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.schedule import TILE_TOKENS
 
+from ..planner import outlive
+from . import LOGGER_NAME
+
+logger = logging.getLogger(LOGGER_NAME)
+
 
 class StepBuffers:
-    """Lengths, block table and schedules of up to `rows` requests.
+    """Lengths, block table and schedules of up to `rows` requests, over a cache of `num_pages` tiles.
 
     Everything in `plan` is a kernel with shapes that the batch size alone decides, so it may be captured in a CUDA
     graph and then follows SGLang's buffers at every replay.
     """
 
-    def __init__(self, req_to_token: torch.Tensor, rows: int, h_q: int) -> None:
+    def __init__(self, req_to_token: torch.Tensor, rows: int, h_q: int, num_pages: int) -> None:
         device = req_to_token.device
-        self.rows, self.h_q = rows, h_q
+        self.rows, self.h_q, self.num_pages = rows, h_q, num_pages
         self.req_to_token = req_to_token
         self.tile_starts = req_to_token[:, ::TILE_TOKENS]  # [requests, tiles], a view
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -32,7 +40,13 @@ class StepBuffers:
     def reserve(self, s_q: int) -> None:
         """Allocate what plans for `s_q` query tokens per request need; a CUDA graph must not."""
         if s_q not in self._largest:
-            self._largest[s_q] = plan_decode(torch.zeros_like(self.seq_lens), self.block_table, s_q=s_q, h_q=self.h_q)
+            nothing = torch.zeros_like(self.seq_lens)
+            self._largest[s_q] = self._plan_decode(nothing, self.block_table, s_q)
+
+    def log_faults(self) -> None:
+        """Those of earlier steps, since a replayed graph plans without the host."""
+        for plan in self._largest.values():
+            outlive(logger, plan.check)
 
     def plan(self, requests: torch.Tensor, seq_lens: torch.Tensor, added: int, s_q: int) -> DecodePlan:
         """One step's plan.
@@ -51,7 +65,13 @@ class StepBuffers:
         if table.device.type == "cpu":
             check_contiguous(self.req_to_token[requests], lengths)
         table.div_(TILE_TOKENS, rounding_mode="floor")
-        return plan_decode(lengths, table, s_q=s_q, h_q=self.h_q, reuse=self._largest[s_q])
+        return self._plan_decode(lengths, table, s_q, self._largest[s_q])
+
+    def _plan_decode(
+        self, seq_lens: torch.Tensor, block_table: torch.Tensor, s_q: int, reuse: DecodePlan | None = None
+    ) -> DecodePlan:
+        shape = partial(plan_decode, s_q=s_q, h_q=self.h_q, num_pages=self.num_pages)
+        return outlive(logger, partial(shape, seq_lens, block_table, reuse=reuse))
 
 
 def check_contiguous(slots: torch.Tensor, seq_lens: torch.Tensor) -> None:

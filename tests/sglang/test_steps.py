@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from flashmla_backend import plan_decode
+from flashmla_backend import bounds, plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.integration.sglang.steps import StepBuffers
 
 CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
 HEADS = 16
+PAGES = 400  # 64-token tiles of the cache
 
 
 def token_table(lengths: list[int], page_size: int) -> torch.Tensor:
@@ -32,7 +35,7 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
     table = token_table(lengths, page_size)
     requests = torch.tensor([5, 0, 3, 2])
     lens = torch.tensor([lengths[r] for r in requests])
-    plan = StepBuffers(table, rows=8, h_q=HEADS).plan(requests, lens, added=0, s_q=1)
+    plan = StepBuffers(table, rows=8, h_q=HEADS, num_pages=PAGES).plan(requests, lens, added=0, s_q=1)
     assert plan.seq_lens.tolist() == lens.tolist()
     for row, request in enumerate(requests.tolist()):
         tokens = torch.arange(lengths[request])
@@ -42,14 +45,14 @@ def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
 
 def test_plans_of_all_batches_lie_in_the_same_buffers() -> None:
     table = token_table([300, 200, 64], 64)
-    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS, num_pages=PAGES)
     first = buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
     for requests, lens, added in (([2, 1, 0], [3, 190, 299], 1), ([1], [200], 0)):
         plan = buffers.plan(torch.tensor(requests), torch.tensor(lens), added=added, s_q=1)
         for name in ("seq_lens", "block_table", "items", "part_offsets", "split_offsets"):
             assert getattr(plan, name).data_ptr() == getattr(first, name).data_ptr(), name
         assert plan.seq_lens.tolist() == [length + added for length in lens]
-        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS)
+        fresh = plan_decode(plan.seq_lens.clone(), plan.block_table.clone(), s_q=1, h_q=HEADS, num_pages=PAGES)
         assert str(plan) == str(fresh)
 
 
@@ -64,14 +67,30 @@ def test_tokens_that_do_not_lie_together_are_refused(spoil: tuple[int, int, int]
     table = token_table([10, 100], 64)
     request, token, slot = spoil
     table[request, token] = slot
-    buffers = StepBuffers(table, rows=4, h_q=HEADS)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS, num_pages=PAGES)
     with pytest.raises(InvalidArgument, match=message):
         buffers.plan(torch.tensor([request]), torch.tensor([100]), added=0, s_q=1)
     buffers.plan(torch.tensor([0]), torch.tensor([10]), added=0, s_q=1)
 
 
+def test_faults_are_logged_and_the_next_step_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(bounds.VARIABLE, "1")
+    table = token_table([100, 64], 64)
+    buffers = StepBuffers(table, rows=4, h_q=HEADS, num_pages=int(table[1, 0]) // 64)  # one too few for request 1
+    requests, lens = torch.tensor([0, 1]), torch.tensor([0, 64])
+    plan = buffers.plan(requests, lens, added=0, s_q=1)
+    assert plan.bounds is not None and plan.bounds.planned_lens.tolist() == [0, bounds.AT_FAULT]
+    with caplog.at_level(logging.ERROR, "flashmla_backend.sglang"):
+        buffers.plan(requests[:1], lens[:1], added=0, s_q=1)
+        buffers.log_faults()
+    (record,) = caplog.records
+    assert "block_table[1, 0] was" in record.getMessage()
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 32])
 def test_small_pages_are_noticed_where_they_are_shuffled(page_size: int) -> None:
-    buffers = StepBuffers(token_table([90], page_size), rows=4, h_q=HEADS)
+    buffers = StepBuffers(token_table([90], page_size), rows=4, h_q=HEADS, num_pages=PAGES)
     with pytest.raises(InvalidArgument, match="tiles of 64 consecutive slots"):
         buffers.plan(torch.tensor([0]), torch.tensor([90]), added=0, s_q=1)
