@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from flashmla_backend import flashinfer_path, ops
 from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
+from flashmla_backend.leaves import max_leaves, subtree_floats
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, describe
 from flashmla_backend.schedule import max_items, max_splits, num_parts, row_tiles_of
 
@@ -28,16 +30,23 @@ class DecodePlan:
     split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
     partial_out: torch.Tensor  # [max_splits, H_kv, rows, 512] fp32 workspace of the layers; empty on the CPU
     partial_lse: torch.Tensor  # [max_splits, H_kv, rows] fp32
+    subtrees: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
     s_q: int
     h_q: int
     h_kv: int
     page_size: int
     causal: bool
+    batch_invariant: bool = False
     flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
 
     @property
     def batch(self) -> int:
         return self.seq_lens.shape[0]
+
+    @cached_property
+    def max_leaves(self) -> int:
+        """The most leaves of a request in batch-invariant mode, 0 in free mode."""
+        return max_leaves(row_tiles_of(self.s_q * self.h_q // self.h_kv, self.h_kv)) if self.batch_invariant else 0
 
     def __str__(self) -> str:
         if self.flashinfer is not None:
@@ -66,6 +75,7 @@ def plan_decode(
     h_kv: int = 1,
     page_size: int = 64,
     causal: bool = True,
+    batch_invariant: bool = False,
     num_sms: int | None = None,
     reuse: DecodePlan | None = None,
     workspace: torch.Tensor | None = None,
@@ -80,6 +90,8 @@ def plan_decode(
         h_kv: KV heads; `h_q` must be a multiple.
         page_size: tokens per page of the cache: 16, 32, 64, 128 or 256; the Hopper kernels take 64, 128 and 256.
         causal: mask bottom-right: query i sees tokens up to len - s_q + i.
+        batch_invariant: give each request the same bits whatever shares its batch, wherever it stands in it and
+            wherever its pages lie, for the same `s_q`, `h_q`, `h_kv`, `causal` and dtype; slower.
         num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
         reuse: an earlier plan of the same shapes, made for at least as many requests, whose buffers then hold the new
             schedule; it can be reused again, and is of no other use any more. Layers captured in a CUDA graph with
@@ -108,19 +120,25 @@ def plan_decode(
         num_sms = default_num_sms(seq_lens.device)
     check_positive_int("num_sms", num_sms)
     shape: dict[str, Any] = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "page_size": page_size, "causal": causal}
+    shape["batch_invariant"] = batch_invariant
     if path == "flashinfer":
+        if batch_invariant:
+            raise Unsupported(f"batch_invariant is True: FlashInfer serves {seq_lens.device}, which has no such mode")
         if reuse is not None:
             raise Unsupported(
                 f"reuse was given: FlashInfer serves {seq_lens.device}, and its plans cannot be rewritten"
             )
         empty = torch.empty(0, dtype=torch.int32, device=seq_lens.device)
+        del shape["batch_invariant"]
         made = flashinfer_path.plan(seq_lens, block_table, **shape)
-        return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
+        return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
     if reuse is None:
-        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms, s_q * h_q)
-        partials = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, workspace)
-        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *partials, **shape)
+        items, part_offsets, split_offsets = ops.schedule(
+            seq_lens, row_tiles, num_sms, s_q * h_q, batch_invariant
+        )
+        workspaces = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, batch_invariant, workspace)
+        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *workspaces, **shape)
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
@@ -129,27 +147,48 @@ def plan_decode(
         batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
         items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
         plan = replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
-    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
+    buffers = plan.items, plan.part_offsets, plan.split_offsets
+    ops.schedule_into(seq_lens, row_tiles, num_sms, s_q * h_q, batch_invariant, *buffers)
     return plan
 
 
-def workspace_size(device: torch.device, *, s_q: int, h_q: int, h_kv: int = 1, num_sms: int | None = None) -> int:
-    """fp32 elements that the partial results of such plans take, whatever their batch and lengths; 0 on the CPU."""
-    if path_of(device) != "sm90":
-        return 0
+def workspace_size(
+    device: torch.device,
+    *,
+    s_q: int,
+    h_q: int,
+    h_kv: int = 1,
+    num_sms: int | None = None,
+    batch_invariant: bool = False,
+) -> int:
+    """fp32 elements of workspace that such plans take, whatever their batch and lengths; 0 on the CPU."""
     parts = num_parts(num_sms or default_num_sms(device), row_tiles_of(s_q * h_q // h_kv, h_kv))
-    return max_splits(parts) * s_q * h_q * (D_V + 1)
+    return sum(workspace_sizes(path_of(device), parts, s_q * h_q // h_kv, h_kv, batch_invariant))
+
+
+def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant: bool) -> tuple[int, int, int]:
+    """fp32 elements for partial outputs, for subtrees and for partial LSEs."""
+    if path != "sm90":
+        return 0, 0, 0
+    row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
+    scratch = subtree_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
+    return partial_rows * D_V, scratch, partial_rows
 
 
 def make_workspaces(
-    path: str, part_offsets: torch.Tensor, rows: int, h_kv: int, storage: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the partial results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32.
+    path: str,
+    part_offsets: torch.Tensor,
+    rows: int,
+    h_kv: int,
+    batch_invariant: bool = False,
+    storage: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32, and the
+    thread blocks' scratch in batch-invariant mode.
 
     The first elements of `storage`, an fp32 vector; by default newly allocated.
     """
-    splits = max_splits(part_offsets.shape[0] - 1) if path == "sm90" else 0
-    sizes = [splits * h_kv * rows * D_V, splits * h_kv * rows]
+    sizes = workspace_sizes(path, part_offsets.shape[0] - 1, rows, h_kv, batch_invariant)
     if storage is None:
         storage = part_offsets.new_empty(sum(sizes), dtype=torch.float32)
     if storage.dim() != 1 or storage.dtype != torch.float32 or storage.numel() < sum(sizes):
@@ -158,8 +197,8 @@ def make_workspaces(
         raise InvalidArgument(
             f"workspace is on {storage.device}, seq_lens on {part_offsets.device}; accepted: the same device"
         )
-    out, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(splits, h_kv, rows, D_V), lse.view(splits, h_kv, rows)
+    out, subtrees, lse = storage[: sum(sizes)].split(sizes)
+    return out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows), subtrees
 
 
 def check_reusable(
@@ -222,8 +261,10 @@ def mla_decode(
         plan.split_offsets,
         plan.partial_out,
         plan.partial_lse,
+        plan.subtrees,
         float(softmax_scale),
         plan.causal,
+        plan.max_leaves,
     )
 
 
