@@ -134,9 +134,7 @@ def plan_decode(
         return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
     if reuse is None:
-        items, part_offsets, split_offsets = ops.schedule(
-            seq_lens, row_tiles, num_sms, s_q * h_q, batch_invariant
-        )
+        items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms, s_q * h_q, batch_invariant)
         workspaces = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, batch_invariant, workspace)
         return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *workspaces, **shape)
     if workspace is not None:

@@ -1,7 +1,8 @@
 """Split-KV decode in torch, through the same schedule and the same tiles as the device kernels.
 
 Every work item yields a partial result (o normalised by its own softmax sum, and its log-sum-exp); requests that were
-cut are merged by the combine step. In batch-invariant mode (see `leaves`) both work leaf by leaf. Inputs may be bf16, fp16 or fp32; the arithmetic is fp32.
+cut are merged by the combine step. In batch-invariant mode (see `leaves`) both work leaf by leaf. Inputs may be bf16,
+fp16 or fp32; the arithmetic is fp32.
 """
 
 from __future__ import annotations
