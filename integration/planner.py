@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -27,15 +26,16 @@ class StepPlanner:
     def __init__(
         self, device: torch.device, *, h_q: int, page_size: int, longest_query: int, batch_invariant: bool = False
     ):
-        shared: dict[str, Any] = {
-            "h_q": h_q,
-            "num_sms": default_num_sms(device),
-            "batch_invariant": batch_invariant or asked_for_batch_invariance(),
-        }
-        sizes = [workspace_size(device, s_q=s_q, **shared) for s_q in range(1, longest_query + 1)]
-        self.batch_invariant: bool = shared["batch_invariant"]
+        num_sms = default_num_sms(device)
+        self.batch_invariant = batch_invariant or asked_for_batch_invariance()
+        sizes = [
+            workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms, batch_invariant=self.batch_invariant)
+            for s_q in range(1, longest_query + 1)
+        ]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
-        self._plan_decode = partial(plan_decode, page_size=page_size, **shared)
+        self._plan_decode = partial(
+            plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms, batch_invariant=self.batch_invariant
+        )
         self._plans: dict[tuple[int, int], DecodePlan] = {}
 
     def step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, s_q: int) -> Callable[[], DecodePlan]:

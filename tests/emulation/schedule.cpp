@@ -1,5 +1,6 @@
 // Runs the device scheduler's code on the CPU, case after case from stdin:
-//   batch parts max_leaves page item empty_item memory reduction partial order, then `batch` lengths
+//   batch parts max_leaves page item empty_item memory reduction partial order, then `batch`
+//   lengths
 // and prints a line per case: the items (4 numbers each), the part offsets, the split offsets.
 #include "cuda_threads.h"
 // after the emulated CUDA names

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.attention.mla_attention import QueryLenSupport
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder, QueryLenSupport
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
 from flashmla_backend import plan_decode, reference
 from flashmla_backend.errors import Unsupported
+from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.vllm.backend import FlashMLABackend
 from flashmla_backend.integration.vllm.builder import FlashMLAMetadataBuilder
@@ -79,6 +80,23 @@ def test_steps_of_one_shape_share_their_buffers() -> None:
     addresses = [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in first]
     assert addresses == [[t.data_ptr() for t in (p.items, p.part_offsets, p.split_offsets)] for p in again]
     assert len({address for three in addresses for address in three}) == 9
+
+
+@pytest.mark.parametrize("variable", [None, BATCH_INVARIANT_VARIABLE, "VLLM_BATCH_INVARIANT"])
+def test_batch_invariance_is_what_vllm_or_we_are_asked_for(
+    variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (BATCH_INVARIANT_VARIABLE, "VLLM_BATCH_INVARIANT"):
+        monkeypatch.setenv(name, str(int(name == variable)))
+
+    def bare(builder: Any, *_: Any) -> None:
+        builder.num_heads, builder.dcp_world_size, builder.page_size = HEADS, 1, 64
+
+    monkeypatch.setattr(MLACommonMetadataBuilder, "__init__", bare)
+    builder = FlashMLAMetadataBuilder(None, [], None, torch.device("cpu"))
+    problem = make_problem([64, 3], h_q=HEADS)
+    assert build_decode(problem, 1, builder.planner).plan.batch_invariant == (variable is not None)
+    assert FlashMLABackend.supports_batch_invariance()  # or vLLM's selector passes us over
 
 
 @pytest.mark.parametrize("lengths", [[1, 2, 3, 70, 300], [1, 1, 1]], ids=["some shards empty", "all but one empty"])
