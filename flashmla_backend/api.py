@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -36,17 +35,16 @@ class DecodePlan:
     h_kv: int
     page_size: int
     causal: bool
-    batch_invariant: bool = False
+    max_leaves: int = 0  # of a request in batch-invariant mode, 0 in free mode
     flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
 
     @property
     def batch(self) -> int:
         return self.seq_lens.shape[0]
 
-    @cached_property
-    def max_leaves(self) -> int:
-        """The most leaves of a request in batch-invariant mode, 0 in free mode."""
-        return max_leaves(row_tiles_of(self.s_q * self.h_q // self.h_kv, self.h_kv)) if self.batch_invariant else 0
+    @property
+    def batch_invariant(self) -> bool:
+        return self.max_leaves > 0
 
     def __str__(self) -> str:
         if self.flashinfer is not None:
@@ -120,7 +118,6 @@ def plan_decode(
         num_sms = default_num_sms(seq_lens.device)
     check_positive_int("num_sms", num_sms)
     shape: dict[str, Any] = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "page_size": page_size, "causal": causal}
-    shape["batch_invariant"] = batch_invariant
     if path == "flashinfer":
         if batch_invariant:
             raise Unsupported(f"batch_invariant is True: FlashInfer serves {seq_lens.device}, which has no such mode")
@@ -129,17 +126,19 @@ def plan_decode(
                 f"reuse was given: FlashInfer serves {seq_lens.device}, and its plans cannot be rewritten"
             )
         empty = torch.empty(0, dtype=torch.int32, device=seq_lens.device)
-        del shape["batch_invariant"]
         made = flashinfer_path.plan(seq_lens, block_table, **shape)
         return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
+    most_leaves = max_leaves(row_tiles) if batch_invariant else 0
     if reuse is None:
         items, part_offsets, split_offsets = ops.schedule(seq_lens, row_tiles, num_sms, s_q * h_q, batch_invariant)
         workspaces = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, batch_invariant, workspace)
-        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *workspaces, **shape)
+        return DecodePlan(
+            seq_lens, block_table, items, part_offsets, split_offsets, *workspaces, **shape, max_leaves=most_leaves
+        )
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
-    check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
+    check_reusable(reuse, seq_lens, row_tiles, num_sms, {**shape, "batch_invariant": batch_invariant})
     plan = reuse
     if reuse.seq_lens is not seq_lens or reuse.block_table is not block_table:
         batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)

@@ -70,10 +70,9 @@ def random_lengths(source: random.Random) -> list[int]:
     return source.choice(kinds)()
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
-def test_random_lengths(device: Device, batch_invariant: bool) -> None:
+def test_random_lengths(device: Device) -> None:
     source = random.Random(0)
-    for _ in range(120):
+    for batch_invariant in (False, True) * 90:
         seq_lens = random_lengths(source)
         row_tiles, num_sms = source.choice([1, 1, 2, 3, 4, 8, 200]), source.choice([1, 2, 7, 78, 132, 132, 512])
         case = seq_lens, row_tiles, num_sms, batch_invariant

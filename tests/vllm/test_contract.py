@@ -95,7 +95,8 @@ def test_batch_invariance_is_what_vllm_or_we_are_asked_for(
     monkeypatch.setattr(MLACommonMetadataBuilder, "__init__", bare)
     builder = FlashMLAMetadataBuilder(None, [], None, torch.device("cpu"))
     problem = make_problem([64, 3], h_q=HEADS)
-    assert build_decode(problem, 1, builder.planner).plan.batch_invariant == (variable is not None)
+    plan = builder.planner.step(problem.seq_lens, problem.block_table, 1)()
+    assert plan.batch_invariant == (variable is not None)
     assert FlashMLABackend.supports_batch_invariance()  # or vLLM's selector passes us over
 
 
