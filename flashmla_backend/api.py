@@ -14,6 +14,7 @@ from flashmla_backend.bounds import Bounds
 from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
+from flashmla_backend.leaves import max_leaves, subtree_floats
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, check_lengths, describe
 from flashmla_backend.schedule import max_items, max_splits, num_parts, row_tiles_of
 
@@ -29,11 +30,13 @@ class DecodePlan:
     split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
     partial_out: torch.Tensor  # [max_splits, H_kv, rows, 512] fp32 workspace of the layers; empty on the CPU
     partial_lse: torch.Tensor  # [max_splits, H_kv, rows] fp32
+    subtrees: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
     s_q: int
     h_q: int
     h_kv: int
     page_size: int
     causal: bool
+    max_leaves: int = 0  # of a request in batch-invariant mode, 0 in free mode
     flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
     bounds: Bounds | None = None  # with FLASHMLA_CHECK_BOUNDS=1
 
@@ -49,6 +52,10 @@ class DecodePlan:
         """
         if self.bounds is not None:
             self.bounds.faults.raise_first()
+
+    @property
+    def batch_invariant(self) -> bool:
+        return self.max_leaves > 0
 
     def __str__(self) -> str:
         if self.flashinfer is not None:
@@ -77,6 +84,7 @@ def plan_decode(
     h_kv: int = 1,
     page_size: int = 64,
     causal: bool = True,
+    batch_invariant: bool = False,
     num_sms: int | None = None,
     reuse: DecodePlan | None = None,
     workspace: torch.Tensor | None = None,
@@ -92,6 +100,8 @@ def plan_decode(
         h_kv: KV heads; `h_q` must be a multiple.
         page_size: tokens per page of the cache: 16, 32, 64, 128 or 256; the Hopper kernels take 64, 128 and 256.
         causal: mask bottom-right: query i sees tokens up to len - s_q + i.
+        batch_invariant: give each request the same bits whatever shares its batch, wherever it stands in it and
+            wherever its pages lie, for the same `s_q`, `h_q`, `h_kv`, `causal` and dtype; slower.
         num_sms: thread blocks that run at once; by default the device's SM count, on the CPU torch's thread count.
         reuse: an earlier plan of the same shapes, made for at least as many requests, whose buffers then hold the new
             schedule; it can be reused again, and is of no other use any more. Layers captured in a CUDA graph with
@@ -130,23 +140,27 @@ def plan_decode(
                 f"{bounds.VARIABLE}=1 was set: FlashInfer serves {seq_lens.device}, and its kernels check nothing; "
                 "unset the variable"
             )
+        if batch_invariant:
+            raise Unsupported(f"batch_invariant is True: FlashInfer serves {seq_lens.device}, which has no such mode")
         if reuse is not None:
             raise Unsupported(
                 f"reuse was given: FlashInfer serves {seq_lens.device}, and its plans cannot be rewritten"
             )
         empty = torch.empty(0, dtype=torch.int32, device=seq_lens.device)
         made = flashinfer_path.plan(seq_lens, block_table, **shape)
-        return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, **shape, flashinfer=made)
+        return DecodePlan(seq_lens, block_table, empty, empty, empty, empty, empty, empty, **shape, flashinfer=made)
     row_tiles = row_tiles_of(s_q * h_q // h_kv, h_kv)
+    most_leaves = max_leaves(row_tiles) if batch_invariant else 0
     if reuse is None:
         checked = bounds.new_bounds(seq_lens, num_pages)
         planned_lens = checked_lengths(seq_lens, block_table, page_size, checked)
-        items, part_offsets, split_offsets = ops.schedule(planned_lens, row_tiles, num_sms, s_q * h_q)
-        partials = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, workspace)
-        return DecodePlan(seq_lens, block_table, items, part_offsets, split_offsets, *partials, **shape, bounds=checked)
+        items, part_offsets, split_offsets = ops.schedule(planned_lens, row_tiles, num_sms, s_q * h_q, batch_invariant)
+        workspaces = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, batch_invariant, workspace)
+        tensors = seq_lens, block_table, items, part_offsets, split_offsets, *workspaces
+        return DecodePlan(*tensors, **shape, max_leaves=most_leaves, bounds=checked)
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
-    check_reusable(reuse, seq_lens, row_tiles, num_sms, shape)
+    check_reusable(reuse, seq_lens, row_tiles, num_sms, {**shape, "batch_invariant": batch_invariant})
     plan = reuse
     if reuse.seq_lens is not seq_lens or reuse.block_table is not block_table:
         batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
@@ -155,7 +169,8 @@ def plan_decode(
     if reuse.bounds is not None:
         plan = replace(plan, bounds=reuse.bounds.of_step(seq_lens.shape[0], num_pages))
     planned_lens = checked_lengths(seq_lens, block_table, page_size, plan.bounds)
-    ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, plan.items, plan.part_offsets, plan.split_offsets)
+    buffers = plan.items, plan.part_offsets, plan.split_offsets
+    ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, batch_invariant, *buffers)
     return plan
 
 
@@ -171,23 +186,43 @@ def checked_lengths(
     return checked.planned_lens
 
 
-def workspace_size(device: torch.device, *, s_q: int, h_q: int, h_kv: int = 1, num_sms: int | None = None) -> int:
-    """fp32 elements that the partial results of such plans take, whatever their batch and lengths; 0 on the CPU."""
-    if path_of(device) != "sm90":
-        return 0
+def workspace_size(
+    device: torch.device,
+    *,
+    s_q: int,
+    h_q: int,
+    h_kv: int = 1,
+    num_sms: int | None = None,
+    batch_invariant: bool = False,
+) -> int:
+    """fp32 elements of workspace that such plans take, whatever their batch and lengths; 0 on the CPU."""
     parts = num_parts(num_sms or default_num_sms(device), row_tiles_of(s_q * h_q // h_kv, h_kv))
-    return max_splits(parts) * s_q * h_q * (D_V + 1)
+    return sum(workspace_sizes(path_of(device), parts, s_q * h_q // h_kv, h_kv, batch_invariant))
+
+
+def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant: bool) -> tuple[int, int, int]:
+    """fp32 elements for partial outputs, for subtrees and for partial LSEs."""
+    if path != "sm90":
+        return 0, 0, 0
+    row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
+    scratch = subtree_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
+    return partial_rows * D_V, scratch, partial_rows
 
 
 def make_workspaces(
-    path: str, part_offsets: torch.Tensor, rows: int, h_kv: int, storage: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the partial results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32.
+    path: str,
+    part_offsets: torch.Tensor,
+    rows: int,
+    h_kv: int,
+    batch_invariant: bool = False,
+    storage: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32, and the
+    thread blocks' scratch in batch-invariant mode.
 
     The first elements of `storage`, an fp32 vector; by default newly allocated.
     """
-    splits = max_splits(part_offsets.shape[0] - 1) if path == "sm90" else 0
-    sizes = [splits * h_kv * rows * D_V, splits * h_kv * rows]
+    sizes = workspace_sizes(path, part_offsets.shape[0] - 1, rows, h_kv, batch_invariant)
     if storage is None:
         storage = part_offsets.new_empty(sum(sizes), dtype=torch.float32)
     if storage.dim() != 1 or storage.dtype != torch.float32 or storage.numel() < sum(sizes):
@@ -196,8 +231,8 @@ def make_workspaces(
         raise InvalidArgument(
             f"workspace is on {storage.device}, seq_lens on {part_offsets.device}; accepted: the same device"
         )
-    out, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(splits, h_kv, rows, D_V), lse.view(splits, h_kv, rows)
+    out, subtrees, lse = storage[: sum(sizes)].split(sizes)
+    return out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows), subtrees
 
 
 def check_reusable(
@@ -264,8 +299,10 @@ def mla_decode(
         plan.split_offsets,
         plan.partial_out,
         plan.partial_lse,
+        plan.subtrees,
         float(softmax_scale),
         plan.causal,
+        plan.max_leaves,
         planned_lens,
         faults,
     )

@@ -1,7 +1,8 @@
 """Split-KV decode in torch, through the same schedule and the same tiles as the device kernels.
 
 Every work item yields a partial result (o normalised by its own softmax sum, and its log-sum-exp); requests that were
-cut are merged by the combine step. Inputs may be bf16, fp16 or fp32; the arithmetic is fp32.
+cut are merged by the combine step. In batch-invariant mode (see `leaves`) both work leaf by leaf. Inputs may be bf16,
+fp16 or fp32; the arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from itertools import pairwise
 import torch
 
 from flashmla_backend.errors import InvalidArgument
+from flashmla_backend.leaves import leaves_of, merge_pairwise
 from flashmla_backend.paging import D_V, PagedKV, check_page_ids, present_as_tiles
 from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
@@ -24,6 +26,7 @@ def decode(
     split_offsets: torch.Tensor,  # [B + 1] int32
     softmax_scale: float,
     causal: bool,
+    max_leaves: int,  # batch-invariant mode: of a request; 0 is free mode
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, S_q, H_q, 512] in q's dtype, lse [B, S_q, H_q] fp32 (-inf where a query sees no token)."""
     batch, s_q = q.shape[:2]
@@ -41,14 +44,15 @@ def decode(
     partial_out = torch.empty(offsets[-1], h_kv, rows, D_V)
     partial_lse = torch.empty(offsets[-1], h_kv, rows)
     for request, page_begin, page_end, split in work:
-        o, logsum = attend(
-            q_rows[request],
-            paged,
-            request,
-            (page_begin, page_end),
-            lengths[request],
-            softmax_scale,
-            s_q if causal else 0,
+        length = lengths[request]
+        spans = [(page_begin, page_end)]
+        if max_leaves:
+            spans = leaves_of(pages_of(length), page_begin, page_end, max_leaves)
+        o, logsum = merge_pairwise(
+            [
+                attend(q_rows[request], paged, request, pages, length, softmax_scale, s_q if causal else 0)
+                for pages in spans
+            ]
         )
         if split < 0:
             out[request], lse[request] = o, logsum
@@ -56,7 +60,10 @@ def decode(
             partial_out[split], partial_lse[split] = o, logsum
     for request, (first, last) in enumerate(pairwise(offsets)):
         if last > first:
-            out[request], lse[request] = combine(partial_out[first:last], partial_lse[first:last])
+            partials = partial_out[first:last], partial_lse[first:last]
+            out[request], lse[request] = (
+                merge_pairwise(list(zip(*partials, strict=True))) if max_leaves else combine(*partials)
+            )
     return (
         ungroup(out, s_q).to(q.dtype),
         ungroup(lse[..., None], s_q).squeeze(-1),

@@ -25,7 +25,7 @@ from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
 
 METADATA_COLUMNS = 8
 
-Workspaces = tuple[torch.Tensor, torch.Tensor]  # partial_out and partial_lse of a plan
+Workspaces = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # partial_out, partial_lse and subtrees of a plan
 
 # By the storage of the metadata, since engines hand every layer a new view of it, and by shape: a captured CUDA graph
 # goes on using the workspaces it saw. They go with the storage.

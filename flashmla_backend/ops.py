@@ -41,6 +41,7 @@ def schedule_on_cpu(
     row_tiles: int,
     num_sms: int,
     rows: int,
+    batch_invariant: bool,
     items: torch.Tensor,
     part_offsets: torch.Tensor,
     split_offsets: torch.Tensor,
@@ -52,11 +53,12 @@ def schedule_on_cpu(
         row_tiles: `schedule.row_tiles_of(rows, h_kv)`.
         num_sms: thread blocks that run at once.
         rows: query rows of a request over all KV heads.
+        batch_invariant: cut into subtrees only.
         items: [max_items, 4] (request, page_begin, page_end, split), part after part, unused rows -1.
         part_offsets: [parts + 1] into items.
         split_offsets: [B + 1] into the partial results.
     """
-    made = make_schedule(seq_lens.tolist(), row_tiles, num_sms, rows)
+    made = make_schedule(seq_lens.tolist(), row_tiles, num_sms, rows, batch_invariant=batch_invariant)
     flat = [item for part in made.parts for item in part]
     items.fill_(-1)
     if flat:
@@ -66,16 +68,20 @@ def schedule_on_cpu(
     split_offsets.copy_(torch.tensor(made.split_offsets, dtype=torch.int32))
 
 
-def schedule_buffers(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int) -> Schedule:
+def schedule_buffers(
+    seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int, batch_invariant: bool = False
+) -> Schedule:
     batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
     items = seq_lens.new_empty((max_items(batch, parts), 4))
     return items, seq_lens.new_empty(parts + 1), seq_lens.new_empty(batch + 1)
 
 
-def new_schedule(seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int) -> Schedule:
+def new_schedule(
+    seq_lens: torch.Tensor, row_tiles: int, num_sms: int, rows: int, batch_invariant: bool = False
+) -> Schedule:
     """items, part_offsets and split_offsets of `schedule_into`, newly allocated."""
     buffers = schedule_buffers(seq_lens, row_tiles, num_sms, rows)
-    schedule_into(seq_lens, row_tiles, num_sms, rows, *buffers)
+    schedule_into(seq_lens, row_tiles, num_sms, rows, batch_invariant, *buffers)
     return buffers
 
 
@@ -90,8 +96,10 @@ def decode_on_cpu(
     split_offsets: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
+    subtrees: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    max_leaves: int,
     planned_lens: torch.Tensor | None = None,
     faults: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +109,7 @@ def decode_on_cpu(
     else:
         seq_lens = bounds.planned_on_cpu(seq_lens, planned_lens, faults)
     q = torch.cat([q_latent, q_rope], dim=-1)
-    return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal)
+    return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal, max_leaves)
 
 
 def empty_results(q_latent: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,22 +126,24 @@ check_bounds = operator(
     fake=lambda *_: None,
 )
 schedule_into = operator(
-    "schedule_into(Tensor seq_lens, int row_tiles, int num_sms, int rows, Tensor(a!) items, Tensor(b!) part_offsets, "
-    "Tensor(c!) split_offsets) -> ()",
+    "schedule_into(Tensor seq_lens, int row_tiles, int num_sms, int rows, bool batch_invariant, Tensor(a!) items, "
+    "Tensor(b!) part_offsets, Tensor(c!) split_offsets) -> ()",
     on_cpu=schedule_on_cpu,
     on_cuda=sm90.schedule,
     fake=lambda *_: None,
 )
 schedule = operator(
-    "schedule(Tensor seq_lens, int row_tiles, int num_sms, int rows) -> (Tensor, Tensor, Tensor)",
+    "schedule(Tensor seq_lens, int row_tiles, int num_sms, int rows, bool batch_invariant=False) -> "
+    "(Tensor, Tensor, Tensor)",
     on_cpu=new_schedule,
     on_cuda=new_schedule,
     fake=schedule_buffers,
 )
 mla_decode = operator(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, "
-    "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, float softmax_scale, "
-    "bool causal, Tensor? planned_lens=None, Tensor? faults=None) -> (Tensor, Tensor)",
+    "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, Tensor(c!) subtrees, "
+    "float softmax_scale, bool causal, int max_leaves, Tensor? planned_lens=None, "
+    "Tensor? faults=None) -> (Tensor, Tensor)",
     on_cpu=decode_on_cpu,
     on_cuda=sm90.decode,
     fake=empty_results,

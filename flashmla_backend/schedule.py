@@ -14,6 +14,9 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
    tried; the cost model picks the cheapest (busiest part, or reading all pages if that takes longer, + reduction),
    the first of these on a tie.
 
+In batch-invariant mode pieces are subtrees of leaves (see `leaves`): a request is cut into a power of two of them, none
+smaller than a leaf, and there is no level.
+
 Short requests are never cut: a second piece costs a prologue and a reduction, more than it saves.
 
 Everything is integer arithmetic on lengths: the same input gives the same schedule, on any machine.
@@ -25,6 +28,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from flashmla_backend.leaves import leaf_count, max_leaves
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
@@ -109,7 +114,12 @@ def max_splits(parts: int) -> int:
 
 
 def make_schedule(
-    seq_lens: Sequence[int], row_tiles: int, num_sms: int, rows: int | None = None, cost: CostModel | None = None
+    seq_lens: Sequence[int],
+    row_tiles: int,
+    num_sms: int,
+    rows: int | None = None,
+    cost: CostModel | None = None,
+    batch_invariant: bool = False,
 ) -> Schedule:
     """Work lists for one step.
 
@@ -118,12 +128,14 @@ def make_schedule(
         row_tiles: `row_tiles_of(s_q * h_q / h_kv, h_kv)`.
         num_sms: thread blocks that run at once.
         rows: query rows of a request over all KV heads, s_q * h_q; full row tiles by default.
+        batch_invariant: cut into subtrees only.
     """
     model = cost or CostModel()
     pages = [pages_of(n) for n in seq_lens]
     parts = num_parts(num_sms, row_tiles)
-    proposals = [deal(cut(pages, cap), parts, model) for cap in candidate_caps(pages, parts)]
-    if (levelled := level(pages, parts, model)) is not None:
+    most = max_leaves(row_tiles) if batch_invariant else None
+    proposals = [deal(cut(pages, cap, most), parts, model) for cap in candidate_caps(pages, parts, most)]
+    if most is None and (levelled := level(pages, parts, model)) is not None:
         proposals.append(levelled)
     counts, hands = min(
         ((piece_counts(hands, len(pages)), hands) for hands in proposals),
@@ -171,21 +183,30 @@ def busiest(hands: Hands, cost: CostModel) -> int:
     return max(sum(cost.of_item(p.end - p.begin) for p in hand) for hand in hands)
 
 
-def piece_count(pages: int, cap: int) -> int:
-    return 1 if pages < 2 * MIN_SPLIT_PAGES else -(-pages // cap)
+def piece_count(pages: int, cap: int, most: int | None = None) -> int:
+    if pages < 2 * MIN_SPLIT_PAGES:
+        return 1
+    count = -(-pages // cap)
+    if most is None:
+        return count
+    power_of_two = 1 << (count - 1).bit_length()
+    return min(power_of_two, leaf_count(pages, most))
 
 
-def cut(pages: Sequence[int], cap: int) -> list[Piece]:
-    """Cut each request into near-equal pieces of at most `cap` pages, in order."""
+def cut(pages: Sequence[int], cap: int, most: int | None = None) -> list[Piece]:
+    """Cut each request into near-equal pieces of at most `cap` pages, in order.
+
+    With at most `most` leaves a request: into subtrees, which are larger than the cap where leaves are.
+    """
     return [
         Piece(request, j, n * j // count, n * (j + 1) // count)
         for request, n in enumerate(pages)
-        for count in [piece_count(n, cap)]
+        for count in [piece_count(n, cap, most)]
         for j in range(count)
     ]
 
 
-def candidate_caps(pages: Sequence[int], parts: int) -> list[int]:
+def candidate_caps(pages: Sequence[int], parts: int, most: int | None = None) -> list[int]:
     """Caps to try, largest first: no cut, then the smallest cap that keeps to m pieces per part."""
     longest = max(max(pages, default=0), MIN_SPLIT_PAGES)
     caps = {longest}
@@ -195,7 +216,7 @@ def candidate_caps(pages: Sequence[int], parts: int) -> list[int]:
         low, high = MIN_SPLIT_PAGES, longest
         while low < high:  # the number of pieces falls as the cap grows
             middle = (low + high) // 2
-            if sum(piece_count(n, middle) for n in pages) <= rounds * parts:
+            if sum(piece_count(n, middle, most) for n in pages) <= rounds * parts:
                 high = middle
             else:
                 low = middle + 1

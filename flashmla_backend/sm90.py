@@ -12,6 +12,7 @@ import torch
 
 from flashmla_backend import native
 from flashmla_backend.errors import InvalidArgument, Unsupported
+from flashmla_backend.leaves import max_leaves as max_leaves_of
 from flashmla_backend.paging import D_QK, D_V
 from flashmla_backend.schedule import CostModel
 
@@ -31,6 +32,7 @@ def schedule(
     row_tiles: int,
     num_sms: int,
     rows: int,
+    batch_invariant: bool,
     items: torch.Tensor,
     part_offsets: torch.Tensor,
     split_offsets: torch.Tensor,
@@ -41,6 +43,7 @@ def schedule(
         seq_lens.device,
         seq_lens.shape[0],
         part_offsets.shape[0] - 1,
+        max_leaves_of(row_tiles) if batch_invariant else 0,
         cost_of(rows),
         seq_lens.data_ptr(),
         items.data_ptr(),
@@ -84,8 +87,10 @@ def decode(
     split_offsets: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
+    subtrees: torch.Tensor,
     softmax_scale: float,
     causal: bool,
+    max_leaves: int,
     planned_lens: torch.Tensor | None = None,
     faults: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,6 +127,8 @@ def decode(
         lse.data_ptr(),
         partial_out.data_ptr(),
         partial_lse.data_ptr(),
+        max_leaves,
+        subtrees.data_ptr(),
     )
     return out, lse
 

@@ -1,4 +1,4 @@
-"""What every engine's plugin does alike: step aside when told to, check the engine's version, and never raise."""
+"""What every engine's plugin does alike: follow our variables, check the engine's version, and never raise."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from flashmla_backend.errors import Unsupported
 Result = TypeVar("Result")
 
 DISABLE_VARIABLE = "FLASHMLA_BACKEND_DISABLE"
+BATCH_INVARIANT_VARIABLE = "FLASHMLA_BACKEND_BATCH_INVARIANT"
 
 
 def disabled() -> bool:
-    return os.environ.get(DISABLE_VARIABLE, "") not in ("", "0")
+    return _is_set(DISABLE_VARIABLE)
+
+
+def asked_for_batch_invariance() -> bool:
+    return _is_set(BATCH_INVARIANT_VARIABLE)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
 
 
 def guarded(logger: logging.Logger, step: Callable[[], Result], consequence: str) -> Result | None:

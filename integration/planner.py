@@ -13,6 +13,8 @@ from flashmla_backend.api import DecodePlan, plan_decode, workspace_size
 from flashmla_backend.dispatch import default_num_sms
 from flashmla_backend.errors import OutOfBounds
 
+from .claim import asked_for_batch_invariance
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -38,17 +40,31 @@ class StepPlanner:
     page_size: tokens per page of the cache.
     longest_query: most new tokens of a request in a step; steps of more have workspaces of their own.
     logger: told of page ids and lengths out of bounds.
+    batch_invariant: as in `plan_decode`; FLASHMLA_BACKEND_BATCH_INVARIANT=1 asks for it too.
     """
 
     def __init__(
-        self, device: torch.device, *, h_q: int, page_size: int, longest_query: int, logger: logging.Logger = logger
+        self,
+        device: torch.device,
+        *,
+        h_q: int,
+        page_size: int,
+        longest_query: int,
+        batch_invariant: bool = False,
+        logger: logging.Logger = logger,
     ):
         num_sms = default_num_sms(device)
-        sizes = [workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms) for s_q in range(1, longest_query + 1)]
+        self.batch_invariant = batch_invariant or asked_for_batch_invariance()
+        sizes = [
+            workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms, batch_invariant=self.batch_invariant)
+            for s_q in range(1, longest_query + 1)
+        ]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
         self.longest_query = longest_query
         self._logger = logger
-        self._plan_decode = partial(plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms)
+        self._plan_decode = partial(
+            plan_decode, h_q=h_q, page_size=page_size, num_sms=num_sms, batch_invariant=self.batch_invariant
+        )
         self._plans: dict[tuple[int, int], DecodePlan] = {}
 
     def step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, s_q: int) -> Callable[..., DecodePlan]:

@@ -64,22 +64,26 @@ class Ring:
 class Page:
     serial: int
     partial: bool  # it has rows past the length, which must be zeroed before they are read as V
-    first: bool
+    first: bool  # of its leaf, or in free mode of its item
     last: bool
+    final: bool  # of its item
 
 
 Item = tuple[Page, ...]
 
 
 def make_items(work: Sequence[str]) -> list[Item]:
-    """ "2" is an item of two pages, "2p" the same with a partial last page."""
+    """ "2" is an item of two pages, "2p" the same with a partial last page, "2+1" one of two leaves."""
     items, serial = [], 0
     for text in work:
-        count = int(text.rstrip("p"))
-        items.append(
-            tuple(Page(serial + i, text.endswith("p") and i + 1 == count, i == 0, i + 1 == count) for i in range(count))
-        )
-        serial += count
+        leaves = [int(leaf) for leaf in text.rstrip("p").split("+")]
+        pages = [(i == 0, i + 1 == count) for count in leaves for i in range(count)]
+        item = []
+        for at, (first, last) in enumerate(pages):
+            final = at + 1 == len(pages)
+            item.append(Page(serial + at, text.endswith("p") and final, first, last, final))
+        items.append(tuple(item))
+        serial += len(pages)
     return items
 
 
@@ -220,7 +224,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             stage = ring.stage
             if not page.first:
                 yield Arrive(f"p_full_{stage ^ 1}", p(item[at - 1]))
-            if page.last:
+            if page.final:
                 yield Arrive("q_empty_0", q(index))
             yield from sync("left_group", s(page))
             if page.partial:
@@ -236,7 +240,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             right_ring.advance()
             yield MmaWait(pv(page))
             yield Arrive(f"left_empty_{stage}", pv(page))
-            if page.last:
+            if page.final:
                 break
             yield from start_scores(index, item[at + 1], ring, right_ring, scale)
             yield MmaWait(s(item[at + 1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Contender(NamedTuple):
     is_rival: bool
 
 
-def load_ours(device: torch.device) -> Prepare:
+def load_ours(device: torch.device, batch_invariant: bool = False) -> Prepare:
     """The public API: a plan for the step, then the call of one layer."""
 
     def prepare(problem: Problem) -> list[Call]:
@@ -42,6 +43,7 @@ def load_ours(device: torch.device) -> Prepare:
                 s_q=problem.s_q,
                 h_q=problem.heads,
                 num_pages=problem.cache.shape[0],
+                batch_invariant=batch_invariant,
             )
             q, cache, scale = problem.queries[r], problem.cache, problem.softmax_scale
             return lambda: flashmla_backend.mla_decode(q, cache, plan, softmax_scale=scale)[0]
@@ -124,8 +126,10 @@ def load_chunked(device: torch.device) -> Prepare:
 
 
 OURS = "ours"
+INVARIANT = "ours-invariant"
 LOADERS: dict[str, Callable[[torch.device], Prepare]] = {
     OURS: load_ours,
+    INVARIANT: partial(load_ours, batch_invariant=True),
     "naive": load_naive,
     "torch_absorbed": load_absorbed,
     "torch_chunked": load_chunked,

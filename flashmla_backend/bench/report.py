@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmla_backend.bench.contenders import OURS
+from flashmla_backend.bench.contenders import INVARIANT, OURS
 from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.bench.run import Results
 
@@ -45,7 +45,7 @@ def contenders_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def rivals_best(row: dict[str, Any]) -> float | None:
     """The best rival's time, or without rivals the best time of anyone but us."""
-    others = [value["us"] for key, value in row.items() if isinstance(value, dict) and key != OURS]
+    others = [value["us"] for key, value in row.items() if isinstance(value, dict) and key not in (OURS, INVARIANT)]
     return row.get("best_rival_us") or min(others, default=None)
 
 

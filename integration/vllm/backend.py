@@ -60,6 +60,10 @@ class FlashMLABackend(MLACommonBackend):
         return capability is None or capability.major == 9  # None: the CPU
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_combination(
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: CacheDType | None, *others: Any, **more: Any
     ) -> str | None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
@@ -66,14 +67,16 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
             page_size=self.page_size,
             longest_query=self.reorder_batch_threshold,
             logger=logger,
+            batch_invariant=envs.VLLM_BATCH_INVARIANT,
         )
         logger.info_once(
-            "flashmla_backend %s serves MLA decode: %s, %d-token pages, %d query heads, workspace %.0f MiB",
+            "flashmla_backend %s serves MLA decode: %s, %d-token pages, %d query heads, workspace %.0f MiB%s",
             version("flashmla_backend"),
             NAMES[path_of(device)],
             self.page_size,
             heads,
             self.planner.workspace.nbytes / 2**20,
+            ", batch-invariant" if self.planner.batch_invariant else "",
         )
 
     def _build_decode(

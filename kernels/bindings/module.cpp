@@ -105,7 +105,7 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
             uintptr_t seq_lens, uintptr_t block_table, int64_t block_table_stride, uintptr_t items,
             uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t planned_lens,
             uintptr_t faults, uintptr_t out, uintptr_t lse, uintptr_t partial_out,
-            uintptr_t partial_lse, uintptr_t stream) {
+            uintptr_t partial_lse, int max_leaves, uintptr_t subtrees, uintptr_t stream) {
   flashmla_decode_params p = decode_params(
       dtype, shape, page_size, num_pages, causal, softmax_scale, q_latent, q_latent_strides, q_rope,
       q_rope_strides, kv, kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
@@ -117,6 +117,8 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
   p.faults = pointer<flashmla_fault_box>(faults);
   p.partial_out = pointer<float>(partial_out);
   p.partial_lse = pointer<float>(partial_lse);
+  p.max_leaves = max_leaves;
+  p.subtrees = pointer<float>(subtrees);
   check(flashmla_decode(&p));
 }
 
@@ -132,11 +134,12 @@ void naive_decode(int dtype, std::array<int, 4> shape, int page_size, int num_pa
   check(flashmla_naive_decode(&p));
 }
 
-void schedule(int batch, int num_parts, std::array<int, 6> cost, uintptr_t seq_lens,
+void schedule(int batch, int num_parts, int max_leaves, std::array<int, 6> cost, uintptr_t seq_lens,
               uintptr_t items, uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t stream) {
   flashmla_schedule_params p{};
   p.batch = batch;
   p.num_parts = num_parts;
+  p.max_leaves = max_leaves;
   p.cost = {cost[0], cost[1], cost[2], cost[3], cost[4], cost[5]};
   p.seq_lens = pointer<const int32_t>(seq_lens);
   p.items = pointer<int32_t>(items);
@@ -175,13 +178,13 @@ PYBIND11_MODULE(_native, module) {
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
              "block_table_stride"_a, "items"_a, "part_offsets"_a, "split_offsets"_a,
              "planned_lens"_a, "faults"_a, "out"_a, "lse"_a, "partial_out"_a, "partial_lse"_a,
-             "stream"_a);
+             "max_leaves"_a, "subtrees"_a, "stream"_a);
   module.def("naive_decode", &naive_decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a,
              "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
              "block_table_stride"_a, "out"_a, "lse"_a, "stream"_a);
-  module.def("schedule", &schedule, "batch"_a, "num_parts"_a, "cost"_a, "seq_lens"_a, "items"_a,
-             "part_offsets"_a, "split_offsets"_a, "stream"_a);
+  module.def("schedule", &schedule, "batch"_a, "num_parts"_a, "max_leaves"_a, "cost"_a,
+             "seq_lens"_a, "items"_a, "part_offsets"_a, "split_offsets"_a, "stream"_a);
   module.def("check_bounds", &check_bounds, "batch"_a, "page_size"_a, "num_pages"_a, "seq_lens"_a,
              "block_table"_a, "block_table_stride"_a, "table_width"_a, "planned_lens"_a, "faults"_a,
              "stream"_a);

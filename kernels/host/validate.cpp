@@ -29,6 +29,12 @@ flashmla_status check_pointer(const char* name, const void* pointer, unsigned al
   return FLASHMLA_OK;
 }
 
+flashmla_status check_max_leaves(int value) {
+  if (value >= 0 && value <= FLASHMLA_MAX_LEAVES && (value & (value - 1)) == 0) return FLASHMLA_OK;
+  return fail(FLASHMLA_INVALID_ARGUMENT, "max_leaves is %d; accepted: 0 or a power of two up to %d",
+              value, FLASHMLA_MAX_LEAVES);
+}
+
 flashmla_status check_stride(const char* name, int64_t stride, int64_t least) {
   if (stride >= least && stride < kMaxStride && stride % 8 == 0) return FLASHMLA_OK;
   return fail(FLASHMLA_INVALID_ARGUMENT,
@@ -89,7 +95,8 @@ flashmla_status validate(const flashmla_decode_params& p) {
       range("dtype", p.dtype, FLASHMLA_BF16, FLASHMLA_FP16), range("batch", p.batch, 0, INT_MAX),
       range("s_q", p.s_q, 1, INT_MAX), range("h_q", p.h_q, 1, INT_MAX),
       range("h_kv", p.h_kv, 1, kMaxGrid), range("num_parts", p.num_parts, 1, kMaxGrid),
-      range("num_pages", p.num_pages, 1, INT_MAX), range("page_size", p.page_size, 1, INT_MAX));
+      range("num_pages", p.num_pages, 1, INT_MAX), range("page_size", p.page_size, 1, INT_MAX),
+      [&] { return check_max_leaves(p.max_leaves); });
   if (shapes != FLASHMLA_OK) return shapes;
   if (p.h_q % p.h_kv != 0) {
     return fail(FLASHMLA_INVALID_ARGUMENT, "h_q is %d, h_kv %d; accepted: h_q a multiple of h_kv",
@@ -130,7 +137,8 @@ flashmla_status validate(const flashmla_decode_params& p) {
       pointer("items", p.items, 16), pointer("part_offsets", p.part_offsets, 4),
       pointer("split_offsets", p.split_offsets, 4), [&] { return check_planned(p); },
       pointer("out", p.out, 16), pointer("lse", p.lse, 4),
-      pointer("partial_out", p.partial_out, 16), pointer("partial_lse", p.partial_lse, 4));
+      pointer("partial_out", p.partial_out, 16), pointer("partial_lse", p.partial_lse, 4),
+      [&] { return p.max_leaves > 1 ? check_pointer("subtrees", p.subtrees, 16) : FLASHMLA_OK; });
 }
 
 flashmla_status validate(const flashmla_schedule_params& p) {
@@ -140,9 +148,10 @@ flashmla_status validate(const flashmla_schedule_params& p) {
   const flashmla_status numbers = first_failure(
       [&] { return check_range("batch", p.batch, 0, FLASHMLA_SCHEDULE_MAX_BATCH); },
       [&] { return check_range("num_parts", p.num_parts, 1, FLASHMLA_SCHEDULE_MAX_PARTS); },
-      cost("cost.page", p.cost.page), cost("cost.item", p.cost.item),
-      cost("cost.empty_item", p.cost.empty_item), cost("cost.memory", p.cost.memory),
-      cost("cost.reduction", p.cost.reduction), cost("cost.partial", p.cost.partial));
+      [&] { return check_max_leaves(p.max_leaves); }, cost("cost.page", p.cost.page),
+      cost("cost.item", p.cost.item), cost("cost.empty_item", p.cost.empty_item),
+      cost("cost.memory", p.cost.memory), cost("cost.reduction", p.cost.reduction),
+      cost("cost.partial", p.cost.partial));
   if (numbers != FLASHMLA_OK) return numbers;
   if (p.cost.empty_item >= p.cost.item + p.cost.page) {
     return fail(FLASHMLA_INVALID_ARGUMENT,

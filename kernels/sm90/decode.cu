@@ -1,11 +1,14 @@
 // Launches the decode and the combine kernel.
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "flashmla/decode.h"
 #include "host/device.h"
 #include "host/error.h"
 #include "host/validate.h"
 #include "sm90/combine.cuh"
+#include "sm90/combine_tree.cuh"
 #include "sm90/decode.cuh"
 
 namespace flashmla {
@@ -60,23 +63,23 @@ cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int thread
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
-template <typename Element>
+template <typename Element, bool kInvariant>
 flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
                        int device) {
   constexpr size_t kSharedBytes =
       sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
   static std::atomic<uint64_t> allowed{0};
-  if (const flashmla_status status = allow_shared_memory(
-          reinterpret_cast<const void*>(decode_kernel<Element>), kSharedBytes, device, &allowed))
+  const auto decode = decode_kernel<Element, kInvariant>;
+  if (const flashmla_status status = allow_shared_memory(reinterpret_cast<const void*>(decode),
+                                                         kSharedBytes, device, &allowed))
     return status;
   const dim3 grid((arguments.rows + kTileRows - 1) / kTileRows, p.h_kv, p.num_parts);
-  cudaError_t error =
-      launch_dependent(decode_kernel<Element>, grid, kThreads, kSharedBytes, p.stream, arguments);
+  cudaError_t error = launch_dependent(decode, grid, kThreads, kSharedBytes, p.stream, arguments);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
   constexpr int kCombineBlocks = 132 * kCombineBlocksPerSm;
   const int combine_blocks = p.batch * p.h_kv * arguments.rows * kRowVectors;
-  error = launch_dependent(combine_kernel<Element>,
+  error = launch_dependent(kInvariant ? combine_tree_kernel<Element> : combine_kernel<Element>,
                            dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
                            kCombineThreads, 0, p.stream, arguments);
   if (error != cudaSuccess)
@@ -110,6 +113,7 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.lse = p.lse;
   arguments.partial_out = p.partial_out;
   arguments.partial_lse = p.partial_lse;
+  arguments.subtrees = reinterpret_cast<float4*>(p.subtrees);
   arguments.batch = p.batch;
   arguments.s_q = p.s_q;
   arguments.h_q = p.h_q;
@@ -117,8 +121,13 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.group = p.h_q / p.h_kv;
   arguments.rows = p.s_q * arguments.group;
   arguments.tiles_per_page = p.page_size / kTileTokens;
+  arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  return p.dtype == FLASHMLA_BF16 ? launch<__nv_bfloat16>(p, arguments, device)
-                                  : launch<__half>(p, arguments, device);
+  const auto launch_mode = [&](auto invariant) {
+    constexpr bool kInvariant = decltype(invariant)::value;
+    return p.dtype == FLASHMLA_BF16 ? launch<__nv_bfloat16, kInvariant>(p, arguments, device)
+                                    : launch<__half, kInvariant>(p, arguments, device);
+  };
+  return p.max_leaves == 0 ? launch_mode(std::false_type{}) : launch_mode(std::true_type{});
 }

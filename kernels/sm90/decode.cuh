@@ -16,6 +16,7 @@
 
 #include "sm90/bounds.cuh"
 #include "sm90/decode_shared.cuh"
+#include "sm90/leaves.cuh"
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"
 #include "sm90/ptx/copy.cuh"
@@ -23,6 +24,7 @@
 #include "sm90/ptx/sync.cuh"
 #include "sm90/ptx/wgmma.cuh"
 #include "sm90/softmax.cuh"
+#include "sm90/tree.cuh"
 
 namespace flashmla {
 
@@ -131,7 +133,34 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
   ptx::fence_async_proxy();
 }
 
-template <typename Element>
+// Pages that are computed from fresh accumulators: a leaf, or in free mode the whole item.
+template <bool kInvariant>
+struct Span {
+  int end;
+  bool fresh;
+  int number = 0;  // of those of the item
+
+  __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length) {
+    start(a, item, length, item.page_begin);
+  }
+  __device__ __forceinline__ void advance(const DecodeArguments& a, const Item& item, int length) {
+    start(a, item, length, end);
+    ++number;
+  }
+
+ private:
+  __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length,
+                                        int page) {
+    fresh = true;
+    end = item.page_end;
+    if (!kInvariant) return;
+    // A plan older than its lengths may ask for pages that the request no longer has.
+    const int pages = max((length + kTileTokens - 1) / kTileTokens, item.page_end);
+    end = min(end, leaf_end(pages, page, a.max_leaves));
+  }
+};
+
+template <typename Element, bool kInvariant>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -162,6 +191,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       limit[r] = a.causal ? length - a.s_q + token + 1 : length;
     }
     OnlineSoftmax softmax;
+    Span<kInvariant> span(a, item, length);
+    float lse[2];
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -171,9 +202,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     ptx::pin_registers(scores);
     for (int page = item.page_begin; page < item.page_end; ++page) {
       const int stage = ring.stage;
-      const bool final = page + 1 == item.page_end;
+      const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       // The right side takes up the previous page now that S no longer needs the tensor cores.
-      if (page > item.page_begin) ptx::mbarrier_arrive(&shared.p_full[stage ^ 1]);
+      if (!span.fresh) ptx::mbarrier_arrive(&shared.p_full[stage ^ 1]);
       if (final) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
         load_next_query(i + 1);
@@ -185,7 +216,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
       float rescale[2];
       const bool must_rescale = softmax.advance(scores, visible, a.scale_log2, rescale);
-      if (must_rescale && page > item.page_begin) rescale_output(o, rescale);
+      if (must_rescale && !span.fresh) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
       if (valid_rows < kTileTokens) {
         zero_tail(shared.left[stage], valid_rows);
@@ -198,26 +229,35 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       for (int k = 0; k < 4; ++k) {
         softmax.exponentiate<Element>(scores, k, a.scale_log2, p[k]);
         ptx::wgmma_fence();
-        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(
-            p[k], v + k * ptx::kNextRows16, o, k > 0 || page > item.page_begin);
+        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(p[k], v + k * ptx::kNextRows16,
+                                                                    o, k > 0 || !span.fresh);
         store_probabilities(shared.rope[stage], k, p[k]);
       }
       ptx::wgmma_commit();
+      span.fresh = false;
 
       if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
       if (must_rescale && lane % 4 == 0) {
         shared.rescale[stage][accumulator_row(0)] = rescale[0];
         shared.rescale[stage][accumulator_row(1)] = rescale[1];
       }
-      if (final) {
+      if (span_ends) {
         softmax.finish();
         if (lane % 4 == 0) {
           shared.inverse_sum[stage][accumulator_row(0)] = softmax.inverse_sum(0);
           shared.inverse_sum[stage][accumulator_row(1)] = softmax.inverse_sum(1);
         }
+        if (kInvariant) {
+          lse[0] = softmax.log_sum(0, a.scale_log2);
+          lse[1] = softmax.log_sum(1, a.scale_log2);
+          if (lane % 4 == 0) {
+            shared.lse[stage][accumulator_row(0)] = lse[0];
+            shared.lse[stage][accumulator_row(1)] = lse[1];
+          }
+        }
       }
       ptx::fence_async_proxy();
-      if (final) ptx::mbarrier_arrive(&shared.p_full[stage]);
+      if (span_ends) ptx::mbarrier_arrive(&shared.p_full[stage]);
 
       ring.advance();
       right_ring.advance();
@@ -225,31 +265,42 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
+      if (kInvariant && span_ends) {
+        const float inverse_sum[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+        const Subtrees subtrees(a, row_begin, 0);
+        subtrees.add(span.number, o, inverse_sum, lse);
+        if (!final) {
+          subtrees.keep(span.number, o, lse);
+          span.advance(a, item, length);
+        }
+        softmax = OnlineSoftmax{};
+      }
       if (final) break;
       start_scores<Element>(shared, ring, right_ring, q_registers, scores);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
     }
 
-    const float inverse_sum[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+    const float inverse_sum[2] = {kInvariant ? 1.0f : softmax.inverse_sum(0),
+                                  kInvariant ? 1.0f : softmax.inverse_sum(1)};
     store_output<Element>(a, item, kv_head, row_begin, 0, o, inverse_sum);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = row_begin + accumulator_row(r);
         if (row >= a.rows) continue;
-        const float lse = softmax.log_sum(r, a.scale_log2);
+        if (!kInvariant) lse[r] = softmax.log_sum(r, a.scale_log2);
         if (item.split >= 0) {
-          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse;
+          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
         } else {
-          a.lse[output_row(a, item.request, kv_head, row)] = lse;
+          a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
         }
       }
     }
   }
 }
 
-template <typename Element>
+template <typename Element, bool kInvariant>
 __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared& shared,
                                           int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -263,7 +314,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       continue;
     }
     const int length = request_length(a, item.request);
-    float inverse_sum[2];
+    Span<kInvariant> span(a, item, length);
+    float inverse_sum[2], lse[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -274,7 +326,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
         ptx::named_barrier_sync(kRightGroup, 128);
       }
       ptx::mbarrier_wait(&shared.p_full[p_ring.stage], p_ring.parity);
-      if (page > item.page_begin && shared.must_rescale[p_ring.stage][warp]) {
+      if (!span.fresh && shared.must_rescale[p_ring.stage][warp]) {
         const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
                                  shared.rescale[p_ring.stage][accumulator_row(1)]};
         rescale_output(o, factor);
@@ -285,14 +337,19 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromShared>(p + k * ptx::kNextColumns16,
-                                                                 v + k * ptx::kNextRows16, o,
-                                                                 k > 0 || page > item.page_begin);
+        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromShared>(
+            p + k * ptx::kNextColumns16, v + k * ptx::kNextRows16, o, k > 0 || !span.fresh);
       }
       ptx::wgmma_commit();
-      if (page + 1 == item.page_end) {  // before the stage is released
+      span.fresh = false;
+      const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
+      if (span_ends) {  // before the stage is released
         inverse_sum[0] = shared.inverse_sum[p_ring.stage][accumulator_row(0)];
         inverse_sum[1] = shared.inverse_sum[p_ring.stage][accumulator_row(1)];
+        if (kInvariant) {
+          lse[0] = shared.lse[p_ring.stage][accumulator_row(0)];
+          lse[1] = shared.lse[p_ring.stage][accumulator_row(1)];
+        }
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
@@ -303,13 +360,22 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       ring.advance();
       p_ring.advance();
+      if (kInvariant && span_ends) {
+        const Subtrees subtrees(a, row_begin, 1);
+        subtrees.add(span.number, o, inverse_sum, lse);
+        if (!final) {
+          subtrees.keep(span.number, o, lse);
+          span.advance(a, item, length);
+        }
+      }
     }
+    if (kInvariant) inverse_sum[0] = inverse_sum[1] = 1.0f;
     store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, inverse_sum);
   }
 }
 
 // grid: (row tiles, H_kv, parts), so that neighbours read the same pages at the same time.
-template <typename Element>
+template <typename Element, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ uint8_t raw_shared[];
@@ -347,11 +413,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
-  const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::register_decrease<kProducerRegisters>();
+    const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
     if (threadIdx.x < 32) {
       stream_left(a, shared, kv_head, first, last);
     } else if (threadIdx.x < 64) {
@@ -362,10 +428,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
-    run_left<Element>(a, shared, row_begin, kv_head, first, last);
+    const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
+    run_left<Element, kInvariant>(a, shared, row_begin, kv_head, first, last);
   } else {
     ptx::register_increase<kRightRegisters>();
-    run_right<Element>(a, shared, row_begin, kv_head, first, last);
+    const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
+    run_right<Element, kInvariant>(a, shared, row_begin, kv_head, first, last);
   }
 }
 

@@ -30,10 +30,12 @@ struct DecodeArguments {
   float* lse;
   float* partial_out;
   float* partial_lse;
+  float4* subtrees;
   int batch, s_q, h_q, h_kv;
   int group;           // h_q / h_kv
   int rows;            // s_q * group
   int tiles_per_page;  // page_size / 64
+  int max_leaves;      // 0: not batch-invariant
   bool causal;
   float scale_log2;  // softmax scale * log2(e)
 };

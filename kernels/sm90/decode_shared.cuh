@@ -28,6 +28,7 @@ struct DecodeShared {
   alignas(1024) Tile rope[kLeftStages];   // becomes P
   float rescale[kLeftStages][kTileRows];  // factor of O before this page's P V
   float inverse_sum[kLeftStages][kTileRows];
+  float lse[kLeftStages][kTileRows];  // of the leaf that ends here, in batch-invariant mode
   bool must_rescale[kLeftStages][4];  // by warp
   ptx::Mbarrier q_full, q_empty;
   // Each half of a page arrives in two pairs of tiles, so that S starts before it is complete.

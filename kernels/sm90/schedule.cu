@@ -54,6 +54,7 @@ flashmla_status flashmla_schedule(const flashmla_schedule_params* params) {
   arguments.batch = p.batch;
   arguments.parts = p.num_parts;
   arguments.max_items = std::max(p.batch, FLASHMLA_SCHEDULE_MAX_ROUNDS * p.num_parts);
+  arguments.max_leaves = p.max_leaves;
   arguments.cost = p.cost;
   arguments.items = reinterpret_cast<int4*>(p.items);
   arguments.part_offsets = p.part_offsets;

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "flashmla/schedule.h"
+#include "sm90/leaves.cuh"
 
 namespace flashmla::schedule {
 
@@ -27,6 +28,7 @@ static_assert(kWarps == 32, "block-wide reductions give each lane one warp's val
 struct Arguments {
   const int32_t* seq_lens;
   int batch, parts, max_items;
+  int max_leaves;  // 0: pieces may be cut anywhere
   flashmla_cost_model cost;
   int4* items;
   int32_t* part_offsets;
@@ -93,8 +95,13 @@ __device__ __forceinline__ Range piece_range(int pages, int number, int count) {
           quotient * (number + 1) + remainder * (number + 1) / count};
 }
 
-__device__ __forceinline__ int piece_count(int pages, int cap) {
-  return pages < 2 * kMinSplitPages ? 1 : (pages + cap - 1) / cap;
+__device__ __forceinline__ int piece_count(int pages, int cap, int max_leaves) {
+  if (pages < 2 * kMinSplitPages) return 1;
+  const int count = (pages + cap - 1) / cap;
+  if (max_leaves == 0 || count == 1) return count;
+  // Subtrees: near-equal pieces of a power of two are whole leaves.
+  const int power = 1 << (32 - __clz(count - 1)), leaves = leaf_count(pages, max_leaves);
+  return power < leaves ? power : leaves;
 }
 
 // One per thread; every method is called by the whole block.
@@ -114,7 +121,9 @@ class Scheduler {
     const int longest = read_pages();
     const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
     cut(cap);
-    sort(cap > kMinSplitPages ? cap : 2 * kMinSplitPages - 1);
+    // Subtrees have no more pages than the longest request, free pieces no more than the cap.
+    const int most = a_.max_leaves == 0 ? cap : longest;
+    sort(most > kMinSplitPages ? most : 2 * kMinSplitPages - 1);
     return total_cost(deal());
   }
 
@@ -164,7 +173,7 @@ class Scheduler {
       const int middle = (low + high) / 2;
       int pieces = 0;
       for (int i = thread_; i < a_.batch; i += kThreads) {
-        const int count = piece_count(w_.pages[i], middle);
+        const int count = piece_count(w_.pages[i], middle, a_.max_leaves);
         pieces += count <= limit ? count : limit + 1;  // enough to be too many, never an overflow
       }
       pieces = __reduce_add_sync(kAllLanes, pieces);
@@ -179,8 +188,9 @@ class Scheduler {
   }
 
   __device__ void cut(int cap) {
-    pieces_ = fill_offsets(w_.first_piece, a_.batch,
-                           [&](int request) { return piece_count(w_.pages[request], cap); });
+    pieces_ = fill_offsets(w_.first_piece, a_.batch, [&](int request) {
+      return piece_count(w_.pages[request], cap, a_.max_leaves);
+    });
     for (int piece = thread_; piece < pieces_; piece += kThreads) {
       const int request = request_of(piece);
       const int first = w_.first_piece[request], count = w_.first_piece[request + 1] - first;
@@ -193,6 +203,7 @@ class Scheduler {
 
   // All requests end to end on a line of cost, cut wherever a part's equal share ends.
   __device__ int64_t propose_level() {
+    if (a_.max_leaves > 0) return kNoProposal;  // its pieces are no subtrees
     if (a_.batch + a_.parts > FLASHMLA_SCHEDULE_MAX_ROUNDS * a_.parts) return kNoProposal;
     read_pages();
     const int64_t total = fill_starts(), share = (total + a_.parts - 1) / a_.parts;

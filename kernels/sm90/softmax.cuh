@@ -39,6 +39,18 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -61,9 +73,11 @@ struct OnlineSoftmax {
                                           float scale_log2, float (&rescale)[2]) {
     if (visible[0] < 64 || visible[1] < 64) {
       const int column = 2 * (threadIdx.x % 4);
+      // Against constants: 16 column numbers would take as many registers.
+      const int own[2] = {visible[0] - column, visible[1] - column};
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
-        if (8 * (i / 4) + column + (i & 1) >= visible[(i >> 1) & 1]) scores[i] = kNegativeInfinity;
+        if (own[(i >> 1) & 1] <= 8 * (i / 4) + (i & 1)) scores[i] = kNegativeInfinity;
       }
     }
     // Four running maxima a row, or the latency of one chain would be what this costs.

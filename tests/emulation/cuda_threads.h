@@ -198,5 +198,6 @@ inline unsigned __match_any_sync(unsigned, int value) {
   });
 }
 
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(value); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }

@@ -1,5 +1,6 @@
 // Runs the device scheduler's code on the CPU, case after case from stdin:
-//   batch parts page item empty_item memory reduction partial order, then `batch` lengths
+//   batch parts max_leaves page item empty_item memory reduction partial order, then `batch`
+//   lengths
 // and prints a line per case: the items (4 numbers each), the part offsets, the split offsets.
 #include "cuda_threads.h"
 // after the emulated CUDA names
@@ -14,8 +15,8 @@ struct Output {
   std::vector<int32_t> part_offsets, split_offsets;
 };
 
-Output run(const std::vector<int32_t>& lengths, int parts, const flashmla_cost_model& cost,
-           emulation::Order order, emulation::Block& block) {
+Output run(const std::vector<int32_t>& lengths, int parts, int max_leaves,
+           const flashmla_cost_model& cost, emulation::Order order, emulation::Block& block) {
   const int batch = static_cast<int>(lengths.size());
   const int most = FLASHMLA_SCHEDULE_MAX_ROUNDS * parts;
   Arguments a{};
@@ -23,6 +24,7 @@ Output run(const std::vector<int32_t>& lengths, int parts, const flashmla_cost_m
   a.batch = batch;
   a.parts = parts;
   a.max_items = batch > most ? batch : most;
+  a.max_leaves = max_leaves;
   a.cost = cost;
   Output output{std::vector<int4>(a.max_items), std::vector<int32_t>(parts + 1),
                 std::vector<int32_t>(batch + 1)};
@@ -64,17 +66,17 @@ Output run(const std::vector<int32_t>& lengths, int parts, const flashmla_cost_m
 int main() {
   emulation::Block block(kThreads);
   emulation::Block::active() = &block;
-  int batch, parts, descending;
+  int batch, parts, max_leaves, descending;
   flashmla_cost_model cost;
-  while (std::scanf("%d %d %d %d %d %d %d %d %d", &batch, &parts, &cost.page, &cost.item,
-                    &cost.empty_item, &cost.memory, &cost.reduction, &cost.partial,
-                    &descending) == 9) {
+  while (std::scanf("%d %d %d %d %d %d %d %d %d %d", &batch, &parts, &max_leaves, &cost.page,
+                    &cost.item, &cost.empty_item, &cost.memory, &cost.reduction, &cost.partial,
+                    &descending) == 10) {
     std::vector<int32_t> lengths(batch);
     for (int32_t& length : lengths) {
       if (std::scanf("%d", &length) != 1) return 2;
     }
     const Output output =
-        run(lengths, parts, cost,
+        run(lengths, parts, max_leaves, cost,
             descending ? emulation::Order::kDescending : emulation::Order::kAscending, block);
     for (const int4& item : output.items)
       std::printf("%d %d %d %d ", item.x, item.y, item.z, item.w);

@@ -31,6 +31,7 @@ WORK_LISTS = {
     "one item": [(size,) for size in ("0", "1", "1p", "2", "2p", "3", "3p", "5", "5p", "13")],
     "two items": list(product(("1p", "2", "3p", "5"), repeat=2)),
     "three items": list(product(("0", "1", "2p"), repeat=3)),
+    "leaves": [("1+1",), ("1+1+1+1p",), ("2+3", "3+2p"), ("1+2p", "0", "2+1"), ("4+5", "1")],
 }
 
 

@@ -48,7 +48,8 @@ def test_opcheck() -> None:
     problem = make_problem([0, 100, 700], h_q=8)
     plan = plan_of(problem)
     torch.library.opcheck(ops.schedule, (problem.seq_lens, 1, 4, 16))
-    torch.library.opcheck(ops.schedule_into, (problem.seq_lens, 1, 4, 16, *ops.schedule(problem.seq_lens, 1, 4, 16)))
+    buffers = ops.schedule(problem.seq_lens, 1, 4, 16)
+    torch.library.opcheck(ops.schedule_into, (problem.seq_lens, 1, 4, 16, False, *buffers))
     torch.library.opcheck(
         ops.mla_decode,
         (
@@ -62,8 +63,10 @@ def test_opcheck() -> None:
             plan.split_offsets,
             plan.partial_out,
             plan.partial_lse,
+            plan.subtrees,
             0.1,
             True,
+            plan.max_leaves,
         ),
     )
 

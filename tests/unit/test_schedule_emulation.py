@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from flashmla_backend import sm90
+from flashmla_backend.leaves import max_leaves
 from flashmla_backend.schedule import make_schedule, max_items, num_parts
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
 
-Device = Callable[[list[int], int, int], list[int]]
+Device = Callable[[list[int], int, int, bool], list[int]]
 
 
 @pytest.fixture(scope="module", params=["ascending", "descending"])
@@ -34,9 +35,10 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     running = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert running.stdin is not None and running.stdout is not None
 
-    def run(seq_lens: list[int], row_tiles: int, num_sms: int) -> list[int]:
+    def run(seq_lens: list[int], row_tiles: int, num_sms: int, batch_invariant: bool) -> list[int]:
         parts, order = num_parts(num_sms, row_tiles), int(request.param == "descending")
-        numbers = [len(seq_lens), parts, *sm90.cost_of(64 * row_tiles), order, *seq_lens]
+        most = max_leaves(row_tiles) if batch_invariant else 0
+        numbers = [len(seq_lens), parts, most, *sm90.cost_of(64 * row_tiles), order, *seq_lens]
         print(*numbers, file=running.stdin, flush=True)
         return [int(number) for number in running.stdout.readline().split()]
 
@@ -45,8 +47,8 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert running.wait(timeout=60) == 0
 
 
-def specified(seq_lens: list[int], row_tiles: int, num_sms: int) -> list[int]:
-    made = make_schedule(seq_lens, row_tiles, num_sms)
+def specified(seq_lens: list[int], row_tiles: int, num_sms: int, batch_invariant: bool) -> list[int]:
+    made = make_schedule(seq_lens, row_tiles, num_sms, batch_invariant=batch_invariant)
     items = [number for part in made.parts for item in part for number in item]
     items += [-1] * (4 * max_items(len(seq_lens), len(made.parts)) - len(items))
     offsets = [0]
@@ -70,10 +72,11 @@ def random_lengths(source: random.Random) -> list[int]:
 
 def test_random_lengths(device: Device) -> None:
     source = random.Random(0)
-    for _ in range(120):
+    for batch_invariant in (False, True) * 90:
         seq_lens = random_lengths(source)
         row_tiles, num_sms = source.choice([1, 1, 2, 3, 4, 8, 200]), source.choice([1, 2, 7, 78, 132, 132, 512])
-        assert device(seq_lens, row_tiles, num_sms) == specified(seq_lens, row_tiles, num_sms), (row_tiles, num_sms)
+        case = seq_lens, row_tiles, num_sms, batch_invariant
+        assert device(*case) == specified(*case), case[1:]
 
 
 @pytest.mark.parametrize(
@@ -83,4 +86,6 @@ def test_random_lengths(device: Device) -> None:
 )
 def test_edges(device: Device, seq_lens: list[int]) -> None:
     for row_tiles in (1, 2, 133):
-        assert device(seq_lens, row_tiles, 132) == specified(seq_lens, row_tiles, 132)
+        for batch_invariant in (False, True):
+            case = seq_lens, row_tiles, 132, batch_invariant
+            assert device(*case) == specified(*case)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashmla_backend import native, sm90
+from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES
 from flashmla_backend.schedule import MAX_ROUNDS, MIN_SPLIT_PAGES, TILE_TOKENS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -41,11 +42,14 @@ DECODE = {
     "lse": 4,
     "partial_out": 16,
     "partial_lse": 4,
+    "max_leaves": 0,
+    "subtrees": 0,
     "stream": 0,
 }
 SCHEDULE = {
     "batch": 2,
     "num_parts": 132,
+    "max_leaves": 0,
     "cost": sm90.cost_of(64),
     "seq_lens": 4,
     "items": 16,
@@ -83,6 +87,8 @@ BOUNDS = {
         ({"planned_lens": 4}, "faults is null; accepted: a device pointer"),
         ({"planned_lens": 2}, "planned_lens is at 0x2; .* aligned to 4 bytes"),
         ({"planned_lens": 4, "faults": 12}, "faults is at 0xc; .* aligned to 8 bytes"),
+        ({"max_leaves": 12}, "max_leaves is 12; accepted: 0 or a power of two up to 128"),
+        ({"max_leaves": 16}, "subtrees is null; accepted: a device pointer"),
         ({"kv_strides": (36860, 576, 576)}, "kv_page_stride is 36860 elements; accepted: a multiple of 8"),
         ({"kv_strides": (0, 576, 576)}, "kv_page_stride is 0 elements; .* from 8 up"),
         ({"page_size": 32}, "page_size is 32; accepted: a multiple of 64"),
@@ -109,6 +115,7 @@ def test_decode(changes: dict, message: str) -> None:
     [
         ({"batch": 8193}, "batch is 8193; accepted: 0 to 8192"),
         ({"num_parts": 513}, "num_parts is 513; accepted: 1 to 512"),
+        ({"max_leaves": 256}, "max_leaves is 256; accepted: 0 or a power of two up to 128"),
         ({"items": 4}, "items is at 0x4"),
         ({"seq_lens": 0}, "seq_lens is null"),
         ({"cost": (0, 1, 1, 1, 1, 1)}, r"cost\.page is 0; accepted: 1 to 65535"),
@@ -156,6 +163,8 @@ def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
         ("include/flashmla/schedule.h", "FLASHMLA_SCHEDULE_MAX_ROUNDS", MAX_ROUNDS),
         ("sm90/schedule.cuh", "kMinSplitPages", MIN_SPLIT_PAGES),
         ("sm90/schedule.cuh", "kPageTokens", TILE_TOKENS),
+        ("sm90/leaves.cuh", "kMinLeafPages", MIN_LEAF_PAGES),
+        ("include/flashmla/schedule.h", "FLASHMLA_MAX_LEAVES", MAX_LEAVES),
     ],
 )
 def test_constants_of_the_device_scheduler_are_the_specifications(file: str, name: str, value: int) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.attention.mla_attention import QueryLenSupport
+from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder, QueryLenSupport
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
 from flashmla_backend import bounds, plan_decode, reference
 from flashmla_backend.errors import Unsupported
+from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.vllm.backend import FlashMLABackend
 from flashmla_backend.integration.vllm.builder import FlashMLAMetadataBuilder
@@ -112,6 +113,24 @@ def test_faults_are_logged_and_the_engine_goes_on(
         problem.q, problem.kv_cache, problem.block_table, problem.seq_lens, softmax_scale=SCALE
     )
     check_close(out, lse, expected_out.flatten(0, 1), expected_lse.flatten(0, 1))
+
+
+@pytest.mark.parametrize("variable", [None, BATCH_INVARIANT_VARIABLE, "VLLM_BATCH_INVARIANT"])
+def test_batch_invariance_is_what_vllm_or_we_are_asked_for(
+    variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (BATCH_INVARIANT_VARIABLE, "VLLM_BATCH_INVARIANT"):
+        monkeypatch.setenv(name, str(int(name == variable)))
+
+    def bare(builder: Any, *_: Any) -> None:
+        builder.num_heads, builder.dcp_world_size, builder.page_size = HEADS, 1, 64
+
+    monkeypatch.setattr(MLACommonMetadataBuilder, "__init__", bare)
+    builder = FlashMLAMetadataBuilder(None, [], None, torch.device("cpu"))
+    problem = make_problem([64, 3], h_q=HEADS)
+    plan = builder.planner.step(problem.seq_lens, problem.block_table, 1)()
+    assert plan.batch_invariant == (variable is not None)
+    assert FlashMLABackend.supports_batch_invariance()  # or vLLM's selector passes us over
 
 
 @pytest.mark.parametrize("lengths", [[1, 2, 3, 70, 300], [1, 1, 1]], ids=["some shards empty", "all but one empty"])

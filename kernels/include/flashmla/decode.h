@@ -32,6 +32,7 @@ typedef struct flashmla_decode_params {
   int num_pages;
   int num_parts;        // 1 .. 65535
   int causal;           // bottom-right mask: query i sees tokens up to len - s_q + i
+  int max_leaves;       // batch-invariant mode: as the schedule was told; 0: off
   float softmax_scale;  // > 0
 
   // q_latent, q_rope, kv, out, partial_out are 16-byte aligned. With a batch of 0 no pointer and no
@@ -57,9 +58,16 @@ typedef struct flashmla_decode_params {
   float* lse;          // [B, S_q, H_q]
   float* partial_out;  // [splits, H_kv, rows, 512]
   float* partial_lse;  // [splits, H_kv, rows]
+  // Batch-invariant mode, 16-byte aligned: for each thread block of the decode kernel
+  // log2(max_leaves) subtrees that wait for their sibling, of
+  // FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS for every 16 rows each.
+  float* subtrees;
 
   void* stream;  // cudaStream_t
 } flashmla_decode_params;
+
+// Room for one subtree: fp32 results of the rows of one thread block, in sixteens.
+enum { FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS = 2 * 32 * 33 * 4 };
 
 // Enqueues the decode and the combine kernel on the current device.
 // Errors: INVALID_ARGUMENT, UNSUPPORTED_DEVICE, CUDA_ERROR.

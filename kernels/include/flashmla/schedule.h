@@ -14,6 +14,7 @@ enum {
   FLASHMLA_SCHEDULE_MAX_ROUNDS = 6,  // pieces per part, if anything is cut
   FLASHMLA_SCHEDULE_MAX_BATCH = 8192,
   FLASHMLA_SCHEDULE_MAX_PARTS = 512,
+  FLASHMLA_MAX_LEAVES = 128,  // of a request, in batch-invariant mode
 };
 
 // Predicted nanoseconds, each 1 .. 65535; only their ratios steer the schedule.
@@ -29,6 +30,8 @@ typedef struct flashmla_cost_model {
 typedef struct flashmla_schedule_params {
   int batch;
   int num_parts;
+  int max_leaves;  // batch-invariant mode: cut only into subtrees of at most so many leaves, a
+                   // power of two; 0: cut anywhere
   flashmla_cost_model cost;
   const int32_t* seq_lens;  // [batch]; a negative length counts as 0
 

@@ -1,0 +1,69 @@
+"""Batch-invariant mode: arithmetic that knows a request's length and the shapes of the call, and nothing else.
+
+A request's pages are cut into *leaves*, each attended to on its own, and the results are merged pairwise, as a binary
+tree. Work items are subtrees, so that wherever a schedule cuts, every sum is made of the same parts in the same order.
+
+More leaves let more thread blocks share a request; every one costs a store and a load of its rows.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
+MAX_LEAVES = 128  # of all row tiles together: about one for each SM
+ROWS_PER_WARP = 16
+SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a subtree's result take, LSEs and all
+
+
+def max_leaves(row_tiles: int) -> int:
+    """The most leaves that a request is cut into, a power of two."""
+    return 1 << (max(1, MAX_LEAVES // row_tiles).bit_length() - 1)
+
+
+def leaf_count(pages: int, most: int) -> int:
+    """Leaves of a request: a power of two, none smaller than MIN_LEAF_PAGES unless it is alone."""
+    return min(most, 1 << (max(1, pages // MIN_LEAF_PAGES).bit_length() - 1))
+
+
+def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, int]]:
+    """First page and end of the leaves in pages [begin, end) of a request of `pages`; all are near-equal."""
+    count = leaf_count(pages, most)
+    bounds = [pages * j // count for j in range(count + 1)]
+    return [leaf for leaf in pairwise(bounds) if begin <= leaf[0] < end] or [(begin, end)]
+
+
+def subtree_floats(rows: int, blocks: int, most: int) -> int:
+    """fp32 elements that the thread blocks of the decode kernel need for subtrees that wait for their sibling.
+
+    Args:
+        rows: query rows of a request and KV head.
+        blocks: thread blocks, `row_tiles` times parts.
+        most: `max_leaves(row_tiles)`.
+    """
+    heights = most.bit_length() - 1
+    warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
+    return blocks * heights * warps * SUBTREE_FLOATS
+
+
+def merge(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the results of two siblings, each o [.., 512] and its log-sum-exp [..], fp32."""
+    (o, lse), (other, other_lse) = first, second
+    most = torch.maximum(lse, other_lse)
+    finite = most.masked_fill(most == float("-inf"), 0.0)  # rows that see no token weigh 0, not NaN
+    weight, other_weight = torch.exp(lse - finite), torch.exp(other_lse - finite)
+    total = weight + other_weight
+    scale = torch.where(total > 0, 1 / total, 0.0)
+    merged = (weight * scale)[..., None] * o + (other_weight * scale)[..., None] * other
+    return merged, most + torch.log(total)
+
+
+def merge_pairwise(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The root of the tree over a power of two of results."""
+    while len(results) > 1:
+        results = [merge(*pair) for pair in zip(results[::2], results[1::2], strict=True)]
+    return results[0]
