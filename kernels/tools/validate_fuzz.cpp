@@ -126,7 +126,17 @@ bool documented(const flashmla_decode_params& p) {
   return strides({p.kv_page_stride, p.kv_row_stride, p.kv_head_stride}, 8) && aligned(p.kv, 16) &&
          aligned(p.seq_lens, 4) && aligned(p.block_table, 4) && aligned(p.items, 16) &&
          aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4) && aligned(p.out, 16) &&
-         aligned(p.lse, 4) && aligned(p.partial_out, 16) && aligned(p.partial_lse, 4);
+         aligned(p.lse, 4) && aligned(p.partial_out, 16) && aligned(p.partial_lse, 4) &&
+         (p.planned_lens == nullptr || (aligned(p.planned_lens, 4) && aligned(p.faults, 8)));
+}
+
+// What bounds.h documents.
+bool documented(const flashmla_bounds_params& p) {
+  if (p.batch < 0 || p.page_size < 1 || p.num_pages < 1 || p.table_width < 0) return false;
+  if (p.batch == 0) return true;  // nothing is read
+  return (p.batch == 1 || p.block_table_stride >= p.table_width) && aligned(p.seq_lens, 4) &&
+         (p.table_width == 0 || aligned(p.block_table, 4)) && aligned(p.planned_lens, 4) &&
+         aligned(p.faults, 8);
 }
 
 // What schedule.h documents.
@@ -188,6 +198,8 @@ bool fuzz_decode(Source source) {
   p.lse = source.address<float>();
   p.partial_out = source.address<float>();
   p.partial_lse = source.address<float>();
+  p.planned_lens = source.address<int32_t>();
+  p.faults = source.address<flashmla_fault_box>();
   return judge("decode", flashmla::validate(p), documented(p));
 }
 
@@ -204,6 +216,20 @@ bool fuzz_schedule(Source source) {
   return judge("schedule", flashmla::validate(p), documented(p));
 }
 
+bool fuzz_bounds(Source source) {
+  flashmla_bounds_params p{};
+  p.batch = source.number(3);
+  p.page_size = source.number(64);
+  p.num_pages = source.number(10);
+  p.seq_lens = source.address<int32_t>();
+  p.block_table = source.address<int32_t>();
+  p.block_table_stride = source.number<int64_t>(4);
+  p.table_width = source.number(4);
+  p.planned_lens = source.address<int32_t>();
+  p.faults = source.address<flashmla_fault_box>();
+  return judge("bounds", flashmla::validate(p), documented(p));
+}
+
 }  // namespace
 
 #ifdef FLASHMLA_LIBFUZZER
@@ -211,6 +237,7 @@ bool fuzz_schedule(Source source) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   fuzz_decode({data, size});
   fuzz_schedule({data, size});
+  fuzz_bounds({data, size});
   return 0;
 }
 
@@ -220,14 +247,15 @@ int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 200000;
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 0);
   std::vector<uint8_t> bytes(512);
-  int decodes = 0, schedules = 0;
+  int decodes = 0, schedules = 0, bounds = 0;
   for (int i = 0; i < cases; ++i) {
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random() >> 5);
     decodes += fuzz_decode({bytes.data(), bytes.size()});
     schedules += fuzz_schedule({bytes.data(), bytes.size()});
+    bounds += fuzz_bounds({bytes.data(), bytes.size()});
   }
-  std::printf("OK %d cases each: %d decodes and %d schedules accepted\n", cases, decodes,
-              schedules);
+  std::printf("OK %d cases each: %d decodes, %d schedules, %d bounds accepted\n", cases, decodes,
+              schedules, bounds);
   return 0;
 }
 

@@ -16,6 +16,7 @@ from flashmla_backend.paging import (
     D_V,
     PAGE_SIZES,
     check_kv_cache,
+    check_lengths,
     check_page_ids,
     present_as_tiles,
 )
@@ -111,6 +112,10 @@ def test_a_single_page_may_repeat_one_row() -> None:
 def test_the_width_of_a_row_is_the_kernels() -> None:
     header = (Path(__file__).parents[2] / "kernels" / "tools" / "decode_problem.h").read_text()
     assert (f"kLatent = {D_V}" in header, f"kWidth = {D_QK}" in header) == (True, True)
+
+
+def test_lengths_on_other_devices_are_not_looked_at() -> None:
+    check_lengths(TABLE.to("meta"), ints(1, 2).to("meta"), 64)
 
 
 def ints(*values: int) -> torch.Tensor:

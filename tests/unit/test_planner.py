@@ -69,3 +69,13 @@ def test_the_workspace_is_what_the_greediest_query_length_takes(
     for s_q in range(1, longest_query + 1):
         plan = planner.step(problem.seq_lens, problem.block_table, s_q)()
         assert plan.partial_out.data_ptr() == planner.workspace.data_ptr()
+
+
+def test_a_checked_step_says_how_many_pages_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMLA_CHECK_BOUNDS", "1")
+    problem = make_problem([300, 5])
+    planner = StepPlanner(CPU, h_q=16, page_size=64, longest_query=1)
+    pages = problem.kv_cache.shape[0]
+    plan = planner.step(problem.seq_lens, problem.block_table, 1)(num_pages=pages)
+    assert plan.bounds is not None and plan.bounds.num_pages == pages
+    assert plan.bounds.planned_lens.tolist() == [300, 5]
