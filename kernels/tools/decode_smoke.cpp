@@ -137,6 +137,24 @@ class Case {
     return right && told;
   }
 
+  // Batch-invariant mode, with trees of up to 16 leaves.
+  bool invariant_decode() {
+    constexpr int kMaxLeaves = 16, kHeights = 4;
+    const int rows = shape_.rows() / shape_.h_kv, tiles = (rows + 63) / 64;
+    const Room<float> subtrees(size_t{1} * plan_.parts * shape_.h_kv * tiles * kHeights *
+                               ((std::min(rows, 64) + 15) / 16) *
+                               FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS);
+    flashmla_schedule_params schedule = schedule_params();
+    flashmla_decode_params params = decode_params();
+    schedule.max_leaves = params.max_leaves = kMaxLeaves;
+    params.subtrees = subtrees.get();
+    return judge("batch-invariant", [&] {
+      if (const flashmla_status status = flashmla_schedule(&schedule)) return status;
+      if (const flashmla_status status = flashmla_decode(&params)) return status;
+      return flashmla_decode(&params);
+    });
+  }
+
   bool naive_decode() {
     const flashmla_decode_params params = decode_params();
     return judge("naive", [&] { return flashmla_naive_decode(&params); });
@@ -293,6 +311,9 @@ int main() {
     right &= c.decode();
     right &= c.naive_decode();
   }
+  for (int parts : {1, 2, 8}) right &= Case(cut, device_schedule(parts)).invariant_decode();
+  right &= Case(row_tiles, device_schedule(4)).invariant_decode();
+  right &= Case(kv_heads, device_schedule(4)).invariant_decode();
   right &= Case(cut, device_schedule(8)).checked_decode();
   right &= Case(many, device_schedule(3)).checked_decode();
   return right ? 0 : 1;

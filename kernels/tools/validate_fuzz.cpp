@@ -109,6 +109,8 @@ bool strides(std::initializer_list<int64_t> values, int64_t least) {
   return true;
 }
 
+bool leaves(int value) { return within(value, 0, 128) && (value & (value - 1)) == 0; }
+
 // What decode.h documents.
 bool documented(const flashmla_decode_params& p) {
   if (!within(p.dtype, 0, 1) || p.batch < 0 || p.s_q < 1 || p.h_q < 1) return false;
@@ -118,6 +120,7 @@ bool documented(const flashmla_decode_params& p) {
   if (static_cast<__int128>(p.batch) * p.s_q * p.h_q > INT_MAX) return false;
   if (!(p.softmax_scale > 0.0f && p.softmax_scale <= std::numeric_limits<float>::max()))
     return false;
+  if (!leaves(p.max_leaves)) return false;
   if (p.batch == 0) return true;  // nothing is read
   if (p.block_table_stride < 0) return false;
   for (const flashmla_query& q : {p.q_latent, p.q_rope})
@@ -127,7 +130,8 @@ bool documented(const flashmla_decode_params& p) {
          aligned(p.seq_lens, 4) && aligned(p.block_table, 4) && aligned(p.items, 16) &&
          aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4) && aligned(p.out, 16) &&
          aligned(p.lse, 4) && aligned(p.partial_out, 16) && aligned(p.partial_lse, 4) &&
-         (p.planned_lens == nullptr || (aligned(p.planned_lens, 4) && aligned(p.faults, 8)));
+         (p.planned_lens == nullptr || (aligned(p.planned_lens, 4) && aligned(p.faults, 8))) &&
+         (p.max_leaves <= 1 || aligned(p.subtrees, 16));
 }
 
 // What bounds.h documents.
@@ -144,7 +148,7 @@ bool documented(const flashmla_schedule_params& p) {
   const flashmla_cost_model& c = p.cost;
   for (const int cost : {c.page, c.item, c.empty_item, c.memory, c.reduction, c.partial})
     if (!within(cost, 1, 65535)) return false;
-  return within(p.batch, 0, 8192) && within(p.num_parts, 1, 512) &&
+  return within(p.batch, 0, 8192) && within(p.num_parts, 1, 512) && leaves(p.max_leaves) &&
          c.empty_item < c.item + c.page && (p.batch == 0 || aligned(p.seq_lens, 4)) &&
          aligned(p.items, 16) && aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4);
 }
@@ -200,6 +204,8 @@ bool fuzz_decode(Source source) {
   p.partial_lse = source.address<float>();
   p.planned_lens = source.address<int32_t>();
   p.faults = source.address<flashmla_fault_box>();
+  p.max_leaves = source.number(16);
+  p.subtrees = source.address<float>();
   return judge("decode", flashmla::validate(p), documented(p));
 }
 
@@ -213,6 +219,7 @@ bool fuzz_schedule(Source source) {
   p.items = source.address<int32_t>();
   p.part_offsets = source.address<int32_t>();
   p.split_offsets = source.address<int32_t>();
+  p.max_leaves = source.number(16);
   return judge("schedule", flashmla::validate(p), documented(p));
 }
 

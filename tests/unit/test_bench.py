@@ -120,7 +120,7 @@ def test_a_spent_budget_is_said(tmp_path: Path) -> None:
         (["--heads", "16,x"], "heads is '16,x'"),
         (["--batch", "0"], "batch is '0'"),
         (["--kinds", "ragged"], "kinds is 'ragged'; accepted: fixed, var"),
-        (["--impls", "theirs"], "impls names theirs; accepted: ours, naive"),
+        (["--impls", "theirs"], "impls names theirs; accepted: ours, ours-invariant, naive"),
     ],
 )
 def test_bad_flags_are_named(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -56,8 +56,8 @@ def test_the_workspace_is_what_the_greediest_query_length_takes(
     monkeypatch.setattr(api, "path_of", lambda device: "sm90")
     sizes = {}
 
-    def workspace_size(device: torch.device, *, s_q: int, h_q: int, num_sms: int) -> int:
-        assert (h_q, num_sms) == (20, dispatch.default_num_sms(CPU))
+    def workspace_size(device: torch.device, *, s_q: int, h_q: int, num_sms: int, batch_invariant: bool) -> int:
+        assert (h_q, num_sms, batch_invariant) == (20, dispatch.default_num_sms(CPU), False)
         sizes[s_q] = api.workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms)
         return sizes[s_q]
 
