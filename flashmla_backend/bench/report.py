@@ -64,6 +64,16 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {OURS: {"geomean": round(mean, 4), "min": round(min(ratios), 4), "n": len(ratios), "losing": losing}}
 
 
+def invariance_line(report: dict[str, Any]) -> str:
+    """What batch-invariant mode costs."""
+
+    def mean(single: bool) -> float:
+        rows = [row for row in report["rows"] if INVARIANT in row and (row["b"] == 1) == single]
+        return math.exp(sum(math.log(row[INVARIANT]["us"] / row[OURS]["us"]) for row in rows) / len(rows))
+
+    return f"batch-invariant / free: geometric mean {mean(True):.2f} for one request, {mean(False):.2f} for more"
+
+
 def table(report: dict[str, Any]) -> Table:
     """Microseconds of each contender, and ours against the ideal and against the best of the others."""
     rows, names = report["rows"], contenders_of(report["rows"])

@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from flashmla_backend.bench import report
+from flashmla_backend.bench import report, trust
 from flashmla_backend.bench.steps import report as steps_report
 from flashmla_backend.serve import DEFAULT_NAME, Server
 
@@ -33,7 +34,7 @@ def test_the_readme_shows_the_curl_line_that_serve_prints() -> None:
 def test_the_readme_quotes_the_report_it_links() -> None:
     (path,) = re.findall(r"\[report\]\((benchmarks/results/\S+\.json)\)", README)
     quoted = json.loads((ROOT / path).read_text())
-    assert f"    {report.summary_line(quoted)}\n" in README
+    assert f"    {report.summary_line(quoted)}\n    {report.invariance_line(quoted)}\n" in README
     assert quoted["summary"] == report.summarise(quoted["rows"])
 
 
@@ -44,6 +45,24 @@ def test_the_readme_shows_the_steps_that_were_measured() -> None:
         measured = json.loads((ROOT / path).read_text())
         assert steps_report.markdown(measured) in README
         assert measured["summary"] == steps_report.summarise(measured["rows"])
+
+
+def recorded(kind: str) -> dict[str, Any]:
+    """The report of that kind that README links."""
+    (path,) = re.findall(rf"\((benchmarks/results/{kind}-\S+\.json)\)", README)
+    found: dict[str, Any] = json.loads((ROOT / path).read_text())
+    return found
+
+
+def test_the_readme_quotes_what_was_recorded() -> None:
+    correctness = recorded("correctness")
+    assert f"[{correctness['cases']:,} cases]" in README and correctness["failed"] == 0
+    assert trust.markdown(recorded("trust")) in README
+    assert recorded("bounds-cost")["geometric_mean"] <= 1.01
+    runs = recorded("sglang-decode")["runs"]
+    for shape in runs["ours"]["steps"]:
+        times = " | ".join(f"{run['steps'][shape]['median_ms']:.2f}" for run in runs.values())
+        assert f"| {shape} | {times} |\n" in README
 
 
 def test_the_soak_in_the_readme_passed() -> None:
