@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flashmla_backend import api, dispatch, plan_decode
+from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.planner import StepPlanner
 from tests.conftest import make_problem
 
@@ -69,6 +70,20 @@ def test_the_workspace_is_what_the_greediest_query_length_takes(
     for s_q in range(1, longest_query + 1):
         plan = planner.step(problem.seq_lens, problem.block_table, s_q)()
         assert plan.partial_out.data_ptr() == planner.workspace.data_ptr()
+    longer = planner.step(problem.seq_lens, problem.block_table, longest_query + 10)()
+    assert longer.partial_out.untyped_storage().data_ptr() != planner.workspace.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("argument", [False, True])
+@pytest.mark.parametrize("variable", ["", "0", "1"])
+def test_batch_invariance_comes_from_the_engine_or_from_our_variable(
+    argument: bool, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BATCH_INVARIANT_VARIABLE, variable)
+    planner = StepPlanner(CPU, h_q=16, page_size=64, longest_query=1, batch_invariant=argument)
+    problem = make_problem([300, 5])
+    plan = planner.step(problem.seq_lens, problem.block_table, 1)()
+    assert plan.batch_invariant == (argument or variable == "1")
 
 
 def test_a_checked_step_says_how_many_pages_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
