@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -18,13 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flashmla_backend.bench import backends
+import vllm_common as common
+
 from flashmla_backend.bench.steps.report import deltas
 
 LENGTHS = (1, 2, 17, 63, 64, 65, 127, 128, 129, 200, 350, 511, 640, 900, 1000, 1500)
 NEW_TOKENS = 32
-LIMIT_S = 150  # of one engine, its start included
-GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 DCP = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "TRITON_MLA": ("TRITON_MLA", {}),
@@ -35,57 +33,23 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def child(request_path: str, answer_path: str) -> None:
-    """One engine: answers all prompts in one batch, and writes what it said."""
-    from vllm import LLM, SamplingParams
-
-    request = json.loads(Path(request_path).read_text())
-    llm = LLM(**request["engine"])
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=1)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
-    tokens = [list(output.outputs[0].token_ids) for output in outputs]
-    logprobs = [
-        [step[token].logprob for step, token in zip(output.outputs[0].logprobs or [], ids, strict=True)]
-        for output, ids in zip(outputs, tokens, strict=True)
-    ]
-    Path(answer_path).write_text(json.dumps({"tokens": tokens, "logprobs": logprobs}))
-
-
-def answer_of(name: str, model: str, prompts: list[list[int]], scratch: Path) -> dict[str, Any]:
+def answers_of(name: str, model: str, prompts: list[list[int]], scratch: Path) -> dict[str, Any]:
+    """All prompts in one batch: {"tokens": [[id, ...], ...], "logprobs": [[...], ...], "served_by"}."""
     backend, more = RUNS[name]
-    selected, environment = backends.selection(backend)
     engine: dict[str, Any] = {
         "model": model,
-        "attention_backend": selected,
         "dtype": "bfloat16",
         "max_model_len": max(LENGTHS) + NEW_TOKENS + 1,
         "max_num_seqs": len(LENGTHS),
         "kv_cache_memory_bytes": 512 << 20,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
-        "compilation_config": GRAPHS,
+        "compilation_config": common.GRAPHS,
         "seed": 0,
         **more,
     }
-    request, answer, log = scratch / "request.json", scratch / "answer.json", Path(f"{name.replace(', ', '-')}.log")
-    answer.unlink(missing_ok=True)
-    request.write_text(json.dumps({"engine": engine, "prompts": prompts}))
-    with log.open("w") as file:
-        subprocess.run(
-            [sys.executable, __file__, "--child", str(request), str(answer)],
-            env={**os.environ, **environment},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=LIMIT_S,
-            check=True,
-        )
-    served = [line.strip() for line in log.read_text().splitlines() if "serves MLA decode" in line]
-    if (backend == backends.OURS) != bool(served):
-        raise RuntimeError(f"{name}: our backend {'did not serve' if not served else 'served'}, see {log}")
-    return {
-        **json.loads(answer.read_text()),
-        "served_by": served[-1][served[-1].find("flashmla_backend") :] if served else "",
-    }
+    (batch,), served_by = common.answers_of(name, backend, engine, [[(ids, NEW_TOKENS) for ids in prompts]], scratch)
+    return {key: [answer[key] for answer in batch] for key in ("tokens", "logprobs")} | {"served_by": served_by}
 
 
 def main() -> None:
@@ -110,7 +74,7 @@ def main() -> None:
         for name in arguments.runs.split(";"):
             begin = time.monotonic()
             try:
-                answers[name] = answer_of(name, model, prompts, Path(folder))
+                answers[name] = answers_of(name, model, prompts, Path(folder))
                 print(f"{name}: {time.monotonic() - begin:.0f} s; {answers[name]['served_by']}", flush=True)
             except (subprocess.SubprocessError, RuntimeError, OSError) as error:
                 failed[name] = str(error)
@@ -133,7 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
-    else:
-        main()
+    main()

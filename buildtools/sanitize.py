@@ -3,7 +3,8 @@
     python buildtools/sanitize.py PROGRAM --tests --out FILE.json
 
 PROGRAM prints one line for each case, "OK ..." or "FAIL ...", as flashmla_decode_smoke does. Exit code 1 if a tool
-finds an error, or a case fails under it.
+finds an error, or a case fails under it. initcheck runs over PROGRAM only: in the tests our kernels alone are watched,
+and it would take for unwritten all that torch's kernels wrote.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ FINDING = re.compile(r"^========= +(?!COMPUTE-SANITIZER|ERROR SUMMARY|RACECHECK 
 PYTEST = re.compile(r"^(?:\d+ \w+, )*\d+ \w+ in [\d.]+s", re.MULTILINE)  # pytest's last line, of `-q`
 SHOWN_LINES = 40
 
-# In Python only our kernels are watched. Not by initcheck, which would then not see what torch's kernels wrote.
 TESTED_TOOLS = ("memcheck", "racecheck", "synccheck")
 WATCHED = ("--kernel-regex", "kns=flashmla")
 TESTS = (

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,21 +16,14 @@ from openai import OpenAI
 
 from flashmla_backend.checkpoint import default_checkpoint, make_checkpoint
 from flashmla_backend.doctor import vllm_distribution
-
-FLASHMLA = Path(sys.executable).with_name("flashmla")
-START_SECONDS = 300
+from tests.serving import Server, serving
 
 
 @dataclass
-class Served:
-    """A running `flashmla serve`."""
-
+class Served(Server):
     checkpoint: Path
     name: str
-    url: str
-    process: subprocess.Popen[str]
     logprob_bound: float  # how far logprobs may be from Hugging Face's fp32 ones, in the mean
-    log: list[str] = field(default_factory=list)
 
     @cached_property
     def client(self) -> OpenAI:
@@ -68,39 +54,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if vllm_distribution() is None:
         pytest.skip("vLLM is not installed")
     cache = tmp_path_factory.mktemp("cache")
-    port = _free_port()
     if request.param == "embedded default":
         # Hugging Face's own bf16 is off by up to 0.07: rounding decides which experts a token near a tie is sent to.
-        checkpoint, name, logprob_bound = default_checkpoint(cache), "flashmla-default", 0.15
-        arguments = ["serve", "--port", str(port)]
+        checkpoint, name, logprob_bound, arguments = default_checkpoint(cache), "flashmla-default", 0.15, []
     else:
         checkpoint, name, logprob_bound = make_checkpoint(cache / "v3-moe", "v3-moe"), "v3", 1e-4
-        arguments = ["serve", str(checkpoint), "--name", name, "--port", str(port)]
+        arguments = [str(checkpoint), "--name", name]
         arguments += ["--", "--dtype", "float32", "--max-model-len", "8192", "--block-size", "128"]
 
-    environment = {**os.environ, "FLASHMLA_BACKEND_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    process = subprocess.Popen(
-        [str(FLASHMLA), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    server = Served(checkpoint, name, f"http://127.0.0.1:{port}", process, logprob_bound)
-    threading.Thread(target=lambda: server.log.extend(process.stdout or []), daemon=True).start()
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not any(f"answers at {server.url}" in line for line in server.log):
-            assert process.poll() is None, f"the server ended:\n{''.join(server.log[-40:])}"
-            assert time.monotonic() < deadline, f"not up after {START_SECONDS} s:\n{''.join(server.log[-40:])}"
-            time.sleep(0.2)
-        yield server
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0, "".join(server.log[-40:])
-    finally:
-        if process.poll() is None:  # the second signal ends all of the server's processes
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with serving(arguments, {"FLASHMLA_BACKEND_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1"}) as server:
+        yield Served(**vars(server), checkpoint=checkpoint, name=name, logprob_bound=logprob_bound)

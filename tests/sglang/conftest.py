@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +14,8 @@ import pytest
 
 from flashmla_backend.checkpoint import Architecture, make_checkpoint
 from flashmla_backend.integration.sglang import LOGGER_NAME, cpu
-from tests.greedy import NEW_TOKENS, Reference, generate
+from tests.engine_process import answered
+from tests.greedy import Reference, generate
 
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -52,25 +49,10 @@ def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
     """Starts SGLang once: run_engine(batches, environment=..., **arguments of sglang.Engine)."""
 
     def run(batches: list[list[list[int]]], *, environment: dict[str, str] | None = None, **engine: Any) -> EngineRun:
-        request, answer = tmp_path / "request.json", tmp_path / "answer.json"
-        request.write_text(json.dumps({"engine": engine, "batches": batches, "new_tokens": NEW_TOKENS}))
         script = Path(__file__).with_name("engine_run.py")
-        process = subprocess.run(
-            [sys.executable, str(script), str(request), str(answer)],
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-                "TORCH_COMPILE_DISABLE": "1",
-                **(environment or {}),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=400,
-        )
-        assert answer.exists(), process.stdout[-8000:]
-        return EngineRun(**json.loads(answer.read_text()), log=process.stdout)
+        environment = {"TORCH_COMPILE_DISABLE": "1", **(environment or {})}
+        answer, log = answered(script, batches, engine, environment, tmp_path)
+        return EngineRun(**answer, log=log)
 
     return run
 

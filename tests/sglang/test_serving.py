@@ -7,15 +7,10 @@ import os
 import random
 import re
 import shlex
-import signal
-import socket
 import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +20,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flashmla_backend.checkpoint import default_checkpoint
+from tests.serving import FLASHMLA, Server, serving
 
-FLASHMLA = Path(sys.executable).with_name("flashmla")
-START_SECONDS = 300
 FIRST_TEXT_TOKEN = 6  # the ids before it are special tokens
 # Hugging Face's own bf16 is off by up to 0.07: rounding decides which experts a token near a tie is sent to.
 LOGPROB_BOUND = 0.15
 
 
 @dataclass
-class Served:
-    url: str
-    process: subprocess.Popen[str]
+class Served(Server):
     checkpoint: Path
-    log: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     cache = tmp_path_factory.mktemp("cache")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [str(FLASHMLA), "serve", "--engine", "sglang", "--port", str(port)],
-        env={**os.environ, "FLASHMLA_BACKEND_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    server = Served(f"http://127.0.0.1:{port}", process, default_checkpoint(cache))
-    threading.Thread(target=lambda: server.log.extend(process.stdout or []), daemon=True).start()
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not any(f"answers at {server.url}" in line for line in server.log):
-            assert process.poll() is None, f"the server ended:\n{''.join(server.log[-40:])}"
-            assert time.monotonic() < deadline, f"not up after {START_SECONDS} s:\n{''.join(server.log[-40:])}"
-            time.sleep(0.2)
-        yield server
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0, "".join(server.log[-40:])
-    finally:
-        if process.poll() is None:  # the second signal ends all of the server's processes
-            process.send_signal(signal.SIGINT)
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+    with serving(["--engine", "sglang"], {"FLASHMLA_BACKEND_CACHE": str(cache)}) as server:
+        yield Served(**vars(server), checkpoint=default_checkpoint(cache))
 
 
 def test_the_log_and_the_announcement_name_our_backend(served: Served) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +13,8 @@ from typing import Any
 import pytest
 
 from flashmla_backend.checkpoint import Architecture, make_checkpoint
-from tests.greedy import NEW_TOKENS, Reference, generate
+from tests.engine_process import answered
+from tests.greedy import Reference, generate
 
 
 @dataclass(frozen=True)
@@ -66,32 +64,19 @@ def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
         environment: dict[str, str] | None = None,
         **engine: Any,
     ) -> EngineRun:
-        request, answer = tmp_path / "request.json", tmp_path / "answer.json"
-        request.write_text(json.dumps({"engine": engine, "batches": batches, "new_tokens": NEW_TOKENS}))
         script = Path(__file__).with_name("engine_run.py")
-        process = subprocess.run(
-            [sys.executable, str(script), str(request), str(answer)],
-            env={
-                **os.environ,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(many_processes)),
-                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to the worker, see engine_run.py
-                "VLLM_CACHE_ROOT": str(tmp_path),  # compile afresh
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-                **(environment or {}),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=400,
-        )
-        assert process.returncode == 0 and answer.exists(), process.stdout[-8000:]
-        answered = json.loads(answer.read_text())
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(many_processes)),
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions sent to the worker, see engine_run.py
+            "VLLM_CACHE_ROOT": str(tmp_path),  # compile afresh
+            **(environment or {}),
+        }
+        answer, log = answered(script, batches, engine, environment, tmp_path)
         decodes = {}
-        for key, calls in answered.pop("decodes").items():
+        for key, calls in answer.pop("decodes").items():
             requests, new_tokens = key.split(",")
             decodes[int(requests), int(new_tokens)] = calls
-        return EngineRun(**answered, decodes=decodes, log=process.stdout)
+        return EngineRun(**answer, decodes=decodes, log=log)
 
     return run
 
