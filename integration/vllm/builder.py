@@ -7,12 +7,11 @@ tables, which lie in tensors of its model runner; the planner for the plan and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.mla_attention import (
     MLACommonDecodeMetadata,
@@ -36,7 +35,7 @@ class FlashMLADecodeMetadata(MLACommonDecodeMetadata):
     """The decoding requests of a step."""
 
     plan_step: Callable[..., DecodePlan]
-    planned: DecodePlan | None = None
+    planned: DecodePlan | None = field(default=None, init=False)
 
     def plan(self, num_pages: int) -> DecodePlan:
         """Made when the first layer asks, so that a CUDA graph of the layers holds the planning too.
@@ -59,6 +58,8 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
     reorder_batch_threshold: int = 1  # vLLM raises it to 1 + drafts when it speculates
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
+        from vllm.envs import VLLM_BATCH_INVARIANT  # read from the environment when it is asked for
+
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         heads = self.num_heads * self.dcp_world_size  # DCP splits the tokens among its ranks and gathers their heads
         self.planner = StepPlanner(
@@ -67,7 +68,7 @@ class FlashMLAMetadataBuilder(MLACommonMetadataBuilder[MLACommonMetadata[FlashML
             page_size=self.page_size,
             longest_query=self.reorder_batch_threshold,
             logger=logger,
-            batch_invariant=envs.VLLM_BATCH_INVARIANT,
+            batch_invariant=VLLM_BATCH_INVARIANT,
         )
         logger.info_once(
             "flashmla_backend %s serves MLA decode: %s, %d-token pages, %d query heads, workspace %.0f MiB%s",

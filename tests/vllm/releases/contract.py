@@ -61,7 +61,7 @@ class Needs:
     names: dict[str, bool] = field(default_factory=dict)  # -> whether on the CPU only
     calls: list[tuple[str, str]] = field(default_factory=list)  # a function or class of vLLM's, our arguments
     overrides: dict[str, str] = field(default_factory=dict)  # a method of a class of vLLM's -> our parameters
-    extensions: dict[str, list[str]] = field(default_factory=dict)  # a dataclass of vLLM's -> the fields ours adds
+    extensions: dict[str, list[str]] = field(default_factory=dict)  # a dataclass of vLLM's -> fields ours must be given
 
     def add(self, path: str, cpu_only: bool) -> None:
         self.names[path] = cpu_only and self.names.get(path, True)
@@ -102,7 +102,8 @@ def _of_class(tree: ast.Module, node: ast.ClassDef, base: str, needs: Needs, cpu
     own = {found.name for found in node.body if isinstance(found, ast.FunctionDef)}
     declared = {ast.unparse(found.target) for found in node.body if isinstance(found, ast.AnnAssign)}
     if node.decorator_list:  # a dataclass: its fields follow vLLM's
-        needs.extensions[base] = sorted(declared)
+        given = [found for found in node.body if isinstance(found, ast.AnnAssign) and found.value is None]
+        needs.extensions[base] = sorted(ast.unparse(found.target) for found in given)
         needs.calls += [(base, arguments(found)) for found in _calls_of(tree, node.name)]
     else:
         for name in declared:
