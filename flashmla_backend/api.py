@@ -14,9 +14,10 @@ from flashmla_backend.bounds import Bounds
 from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
-from flashmla_backend.leaves import max_leaves, subtree_floats
+from flashmla_backend.leaves import max_leaves
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, check_lengths, describe
-from flashmla_backend.schedule import max_items, max_splits, num_parts, row_tiles_of
+from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
+from flashmla_backend.workspace import make_workspaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,55 +185,6 @@ def checked_lengths(
     checked.faults.raise_first()
     ops.check_bounds(seq_lens, block_table, page_size, checked.num_pages, checked.planned_lens, checked.faults.box)
     return checked.planned_lens
-
-
-def workspace_size(
-    device: torch.device,
-    *,
-    s_q: int,
-    h_q: int,
-    h_kv: int = 1,
-    num_sms: int | None = None,
-    batch_invariant: bool = False,
-) -> int:
-    """fp32 elements of workspace that such plans take, whatever their batch and lengths; 0 on the CPU."""
-    parts = num_parts(num_sms or default_num_sms(device), row_tiles_of(s_q * h_q // h_kv, h_kv))
-    return sum(workspace_sizes(path_of(device), parts, s_q * h_q // h_kv, h_kv, batch_invariant))
-
-
-def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant: bool) -> tuple[int, int, int]:
-    """fp32 elements for partial outputs, for subtrees and for partial LSEs."""
-    if path != "sm90":
-        return 0, 0, 0
-    row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
-    scratch = subtree_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
-    return partial_rows * D_V, scratch, partial_rows
-
-
-def make_workspaces(
-    path: str,
-    part_offsets: torch.Tensor,
-    rows: int,
-    h_kv: int,
-    batch_invariant: bool = False,
-    storage: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32, and the
-    thread blocks' scratch in batch-invariant mode.
-
-    The first elements of `storage`, an fp32 vector; by default newly allocated.
-    """
-    sizes = workspace_sizes(path, part_offsets.shape[0] - 1, rows, h_kv, batch_invariant)
-    if storage is None:
-        storage = part_offsets.new_empty(sum(sizes), dtype=torch.float32)
-    if storage.dim() != 1 or storage.dtype != torch.float32 or storage.numel() < sum(sizes):
-        raise InvalidArgument(f"workspace is {describe(storage)}; accepted: [{sum(sizes)}] float32, or longer")
-    if storage.device != part_offsets.device:
-        raise InvalidArgument(
-            f"workspace is on {storage.device}, seq_lens on {part_offsets.device}; accepted: the same device"
-        )
-    out, subtrees, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows), subtrees
 
 
 def check_reusable(

@@ -140,7 +140,7 @@ def make_schedule(
     counts, hands = min(
         ((piece_counts(hands, len(pages)), hands) for hands in proposals),
         key=lambda proposal: (
-            model.of_parts([sum(model.of_item(p.end - p.begin) for p in hand) for hand in proposal[1]], sum(pages))
+            model.of_parts(loads(proposal[1], model), sum(pages))
             + model.of_reduction(sum(count for count in proposal[0] if count > 1), rows or TILE_ROWS * row_tiles)
         ),
     )
@@ -178,9 +178,9 @@ def piece_counts(hands: Hands, batch: int) -> list[int]:
     return counts
 
 
-def busiest(hands: Hands, cost: CostModel) -> int:
-    """The greatest load of a part."""
-    return max(sum(cost.of_item(p.end - p.begin) for p in hand) for hand in hands)
+def loads(hands: Hands, cost: CostModel) -> list[int]:
+    """Predicted nanoseconds of each part."""
+    return [sum(cost.of_item(p.end - p.begin) for p in hand) for hand in hands]
 
 
 def piece_count(pages: int, cap: int, most: int | None = None) -> int:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from flashmla_backend.api import DecodePlan, plan_decode, workspace_size
+from flashmla_backend.api import DecodePlan, plan_decode
 from flashmla_backend.dispatch import default_num_sms
 from flashmla_backend.errors import OutOfBounds
+from flashmla_backend.workspace import workspace_size
 
 from .claim import asked_for_batch_invariance
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
+import flashmla_backend
+
+SCALE = 576**-0.5
 POISON_PAGE = 2147480000  # an id no cache has: following it is an out-of-bounds read
 
 
@@ -47,6 +51,20 @@ def make_problem(
             kv_cache[page, : len(rows)] = rows
     q = torch.randn(len(lengths), s_q, h_q, 576, generator=generator).to(dtype)
     return Problem(q, kv_cache, block_table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def decode(problem: Problem, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and LSE of a plan of its own. options: more of `plan_decode`'s."""
+    plan = flashmla_backend.plan_decode(
+        problem.seq_lens,
+        problem.block_table,
+        s_q=problem.q.shape[1],
+        h_q=problem.q.shape[2],
+        h_kv=problem.kv_cache.shape[2],
+        page_size=problem.kv_cache.shape[1],
+        **options,
+    )
+    return flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
 
 
 def check_close(out: torch.Tensor, lse: torch.Tensor, expected_out: torch.Tensor, expected_lse: torch.Tensor) -> None:

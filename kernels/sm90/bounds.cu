@@ -9,6 +9,7 @@
 #include "host/error.h"
 #include "host/validate.h"
 #include "sm90/bounds.cuh"
+#include "sm90/launch.cuh"
 #include "sm90/ptx/sync.cuh"
 
 namespace flashmla {
@@ -82,16 +83,8 @@ flashmla_status flashmla_check_bounds(const flashmla_bounds_params* params) {
   arguments.most_tokens =
       static_cast<int>(std::min<int64_t>(INT_MAX, int64_t{p.table_width} * p.page_size));
 
-  cudaLaunchAttribute early_start{};
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.batch);
-  config.blockDim = dim3(kCheckThreads);
-  config.stream = static_cast<cudaStream_t>(p.stream);
-  config.attrs = &early_start;
-  config.numAttrs = 1;
-  if (const cudaError_t error = cudaLaunchKernelEx(&config, check_bounds_kernel, arguments))
+  if (const cudaError_t error = launch_dependent(check_bounds_kernel, dim3(p.batch), kCheckThreads,
+                                                 0, p.stream, arguments))
     return fail(FLASHMLA_CUDA_ERROR, "bounds launch: %s", cudaGetErrorString(error));
   return FLASHMLA_OK;
 }

@@ -10,6 +10,7 @@
 #include "sm90/combine.cuh"
 #include "sm90/combine_tree.cuh"
 #include "sm90/decode.cuh"
+#include "sm90/launch.cuh"
 
 namespace flashmla {
 namespace {
@@ -45,22 +46,6 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, CUtensorMap* map) {
   if (result != CUDA_SUCCESS)
     return fail(FLASHMLA_CUDA_ERROR, "cuTensorMapEncodeTiled: error %d", result);
   return FLASHMLA_OK;
-}
-
-template <typename... Arguments>
-cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int threads,
-                             size_t shared_bytes, void* stream, const DecodeArguments& arguments) {
-  cudaLaunchAttribute early_start{};
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early_start;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 template <typename Element, bool kInvariant>

@@ -6,6 +6,7 @@
 #include "host/device.h"
 #include "host/error.h"
 #include "host/validate.h"
+#include "sm90/launch.cuh"
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/sync.cuh"
 #include "sm90/schedule.cuh"
@@ -64,17 +65,9 @@ flashmla_status flashmla_schedule(const flashmla_schedule_params* params) {
   if (const flashmla_status status = allow_shared_memory(
           reinterpret_cast<const void*>(schedule_kernel), kMostBytes, device, &allowed))
     return status;
-  cudaLaunchAttribute early_start{};
-  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early_start.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(kCandidates);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = Workspace::bytes(p.batch, arguments.max_items);
-  config.stream = static_cast<cudaStream_t>(p.stream);
-  config.attrs = &early_start;
-  config.numAttrs = 1;
-  if (const cudaError_t error = cudaLaunchKernelEx(&config, schedule_kernel, arguments))
+  if (const cudaError_t error =
+          launch_dependent(schedule_kernel, dim3(kCandidates), kThreads,
+                           Workspace::bytes(p.batch, arguments.max_items), p.stream, arguments))
     return fail(FLASHMLA_CUDA_ERROR, "schedule launch: %s", cudaGetErrorString(error));
   return FLASHMLA_OK;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmla_backend
-from flashmla_backend import InvalidArgument, Unsupported, api, reference
+from flashmla_backend import InvalidArgument, Unsupported, api, reference, workspace
 from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, leaf_count, leaves_of, max_leaves, subtree_floats
 from flashmla_backend.schedule import make_schedule, max_items, max_splits, num_parts, pages_of
-from tests.conftest import Problem, check_close, make_problem
+from tests import conftest
+from tests.conftest import SCALE, Problem, check_close, make_problem
 
-SCALE = 576**-0.5
 lengths = st.one_of(
     st.lists(st.integers(0, 5000), max_size=80),
     st.lists(st.integers(0, 1_048_576), max_size=12),
@@ -25,18 +26,7 @@ tiles = st.sampled_from([1, 2, 3, 4, 8, 16, 200])
 sms = st.sampled_from([1, 2, 7, 78, 132])
 
 
-def decode(problem: Problem, num_sms: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    plan = flashmla_backend.plan_decode(
-        problem.seq_lens,
-        problem.block_table,
-        s_q=problem.q.shape[1],
-        h_q=problem.q.shape[2],
-        h_kv=problem.kv_cache.shape[2],
-        page_size=problem.kv_cache.shape[1],
-        batch_invariant=True,
-        num_sms=num_sms,
-    )
-    return flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+decode = partial(conftest.decode, batch_invariant=True, num_sms=12)
 
 
 def select(problem: Problem, requests: list[int], seed: int) -> Problem:
@@ -138,14 +128,15 @@ def test_the_mode_must_be_that_of_the_reused_plan() -> None:
 def test_workspace_holds_subtrees_of_every_thread_block(
     s_q: int, h_q: int, h_kv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "path_of", lambda device: "sm90")
+    for module in (api, workspace):
+        monkeypatch.setattr(module, "path_of", lambda device: "sm90")
     problem = make_problem([70, 3], s_q=s_q, h_q=h_q, h_kv=h_kv)
     shape = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "num_sms": 64, "batch_invariant": True}
     plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape)
     blocks = (plan.part_offsets.shape[0] - 1) * -(-s_q * h_q // h_kv // 64) * h_kv
     assert plan.subtrees.numel() == subtree_floats(s_q * h_q // h_kv, blocks, plan.max_leaves) > 0
     assert plan.subtrees.data_ptr() % 16 == 0
-    size = api.workspace_size(torch.device("cpu"), **shape)
+    size = workspace.workspace_size(torch.device("cpu"), **shape)
     assert plan.partial_out.numel() + plan.subtrees.numel() + plan.partial_lse.numel() == size
 
 

@@ -9,28 +9,13 @@ from hypothesis import strategies as st
 
 import flashmla_backend
 from flashmla_backend import reference
-from tests.conftest import Problem, check_close, make_problem
+from tests.conftest import SCALE, Problem, check_close, decode, make_problem
 
-SCALE = 576**-0.5
 HEADS = [(h_q, h_kv) for h_q in (1, 3, 16, 20, 63, 64, 126, 128) for h_kv in (1, 2) if h_q % h_kv == 0] + [
     (6, 2),
     (40, 2),
 ]
 EDGE_LENGTHS = [0, 1, 2, 5, 63, 64, 65, 127, 128, 129, 200, 447, 513]
-
-
-def decode(problem: Problem, *, causal: bool, num_sms: int) -> tuple[torch.Tensor, torch.Tensor]:
-    plan = flashmla_backend.plan_decode(
-        problem.seq_lens,
-        problem.block_table,
-        s_q=problem.q.shape[1],
-        h_q=problem.q.shape[2],
-        h_kv=problem.kv_cache.shape[2],
-        page_size=problem.kv_cache.shape[1],
-        causal=causal,
-        num_sms=num_sms,
-    )
-    return flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
 
 
 def check_against_oracle(problem: Problem, *, causal: bool, num_sms: int) -> None:

@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 
-from flashmla_backend import InvalidArgument, Unsupported, api, flash_mla, reference
+from flashmla_backend import InvalidArgument, Unsupported, flash_mla, reference
 from flashmla_backend.flash_mla import FlashMLASchedMeta, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_backend.workspace import make_workspaces
 from tests.conftest import Problem, check_close, make_problem
 
 LENGTHS = [0, 1, 64, 65, 300, 1000]
@@ -92,7 +93,7 @@ def workspaces_made(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     made: list[weakref.ref] = []
 
     def record(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        workspaces = api.make_workspaces(*arguments)
+        workspaces = make_workspaces(*arguments)
         made.append(weakref.ref(workspaces[0]))
         return workspaces
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -16,6 +17,26 @@ def plan_of(problem: Problem) -> flashmla_backend.DecodePlan:
     return flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=1, h_q=8, num_sms=4)
 
 
+def decode_arguments(problem: Problem, plan: flashmla_backend.DecodePlan) -> tuple[Any, ...]:
+    """Of ops.mla_decode, without the checks of bounds."""
+    return (
+        problem.q[..., :512],
+        problem.q[..., 512:],
+        problem.kv_cache.nan_to_num(),  # opcheck compares inputs before and after; NaN never equals itself
+        problem.block_table,
+        problem.seq_lens,
+        plan.items,
+        plan.part_offsets,
+        plan.split_offsets,
+        plan.partial_out,
+        plan.partial_lse,
+        plan.subtrees,
+        0.1,
+        True,
+        plan.max_leaves,
+    )
+
+
 def test_opcheck_of_the_bounds_checks() -> None:
     problem = make_problem([0, 100, 700], h_q=8)
     planned_lens = torch.empty_like(problem.seq_lens)
@@ -23,27 +44,7 @@ def test_opcheck_of_the_bounds_checks() -> None:
     pages = len(problem.kv_cache)
     torch.library.opcheck(ops.check_bounds, (problem.seq_lens, problem.block_table, 64, pages, planned_lens, faults))
     plan = plan_of(problem)
-    torch.library.opcheck(
-        ops.mla_decode,
-        (
-            problem.q[..., :512],
-            problem.q[..., 512:],
-            problem.kv_cache.nan_to_num(),
-            problem.block_table,
-            problem.seq_lens,
-            plan.items,
-            plan.part_offsets,
-            plan.split_offsets,
-            plan.partial_out,
-            plan.partial_lse,
-            plan.subtrees,
-            0.1,
-            True,
-            plan.max_leaves,
-            problem.seq_lens.clone(),
-            faults,
-        ),
-    )
+    torch.library.opcheck(ops.mla_decode, (*decode_arguments(problem, plan), problem.seq_lens.clone(), faults))
 
 
 def test_opcheck() -> None:
@@ -52,25 +53,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.schedule, (problem.seq_lens, 1, 4, 16))
     buffers = ops.schedule(problem.seq_lens, 1, 4, 16)
     torch.library.opcheck(ops.schedule_into, (problem.seq_lens, 1, 4, 16, False, *buffers))
-    torch.library.opcheck(
-        ops.mla_decode,
-        (
-            problem.q[..., :512],
-            problem.q[..., 512:],
-            problem.kv_cache.nan_to_num(),  # opcheck compares inputs before and after; NaN never equals itself
-            problem.block_table,
-            problem.seq_lens,
-            plan.items,
-            plan.part_offsets,
-            plan.split_offsets,
-            plan.partial_out,
-            plan.partial_lse,
-            plan.subtrees,
-            0.1,
-            True,
-            plan.max_leaves,
-        ),
-    )
+    torch.library.opcheck(ops.mla_decode, decode_arguments(problem, plan))
 
 
 def test_layer_compiles_to_one_graph() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmla_backend import api, dispatch, plan_decode
+from flashmla_backend import api, dispatch, plan_decode, workspace
 from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.planner import StepPlanner
 from tests.conftest import make_problem
@@ -54,12 +54,13 @@ def test_batches_and_query_lengths_have_plans_of_their_own() -> None:
 def test_the_workspace_is_what_the_greediest_query_length_takes(
     longest_query: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "path_of", lambda device: "sm90")
+    for module in (api, workspace):
+        monkeypatch.setattr(module, "path_of", lambda device: "sm90")
     sizes = {}
 
     def workspace_size(device: torch.device, *, s_q: int, h_q: int, num_sms: int, batch_invariant: bool) -> int:
         assert (h_q, num_sms, batch_invariant) == (20, dispatch.default_num_sms(CPU), False)
-        sizes[s_q] = api.workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms)
+        sizes[s_q] = workspace.workspace_size(device, s_q=s_q, h_q=h_q, num_sms=num_sms)
         return sizes[s_q]
 
     monkeypatch.setattr("flashmla_backend.integration.planner.workspace_size", workspace_size)

@@ -7,6 +7,7 @@ import torch
 
 import flashmla_backend
 from flashmla_backend import InvalidArgument, api, reference
+from flashmla_backend import workspace as workspaces
 from tests.conftest import check_close, make_problem
 
 SHAPE = {"s_q": 1, "h_q": 8, "num_sms": 5}
@@ -67,7 +68,8 @@ def test_smaller_batches_share_the_buffers_of_the_largest() -> None:
 
 
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "path_of", lambda device: "sm90")
+    for module in (api, workspaces):
+        monkeypatch.setattr(module, "path_of", lambda device: "sm90")
 
 
 @pytest.mark.parametrize("s_q, h_q, h_kv", [(1, 16, 1), (1, 128, 1), (5, 128, 1), (2, 20, 2), (8, 8, 8)])
@@ -75,7 +77,7 @@ def test_plans_take_what_workspace_size_says(s_q: int, h_q: int, h_kv: int, monk
     hopper(monkeypatch)
     problem = make_problem([70, 3], s_q=s_q, h_q=h_q, h_kv=h_kv)
     shape = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "num_sms": 11}
-    size = api.workspace_size(torch.device("cpu"), **shape)
+    size = workspaces.workspace_size(torch.device("cpu"), **shape)
     workspace = torch.empty(size + 5)
     plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape, workspace=workspace)
     alone = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape)
@@ -89,7 +91,7 @@ def test_plans_take_what_workspace_size_says(s_q: int, h_q: int, h_kv: int, monk
 
 
 def test_the_cpu_takes_no_workspace() -> None:
-    assert api.workspace_size(torch.device("cpu"), s_q=1, h_q=128) == 0
+    assert workspaces.workspace_size(torch.device("cpu"), s_q=1, h_q=128) == 0
 
 
 def test_a_reused_plan_keeps_its_workspace() -> None:

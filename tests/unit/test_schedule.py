@@ -18,10 +18,10 @@ from flashmla_backend.schedule import (
     Piece,
     Schedule,
     WorkItem,
-    busiest,
     candidate_caps,
     cut,
     level,
+    loads,
     make_schedule,
     max_items,
     max_splits,
@@ -95,7 +95,7 @@ def test_parts_and_buffers() -> None:
     assert [num_parts(num_sms, tiles) for num_sms, tiles in ((132, 1), (132, 2), (132, 5), (7, 8))] == [132, 66, 26, 1]
     assert (max_splits(132), max_items(10, 132), max_items(1000, 132)) == (792, 792, 1000)
     piece = Piece(request=0, number=0, begin=2, end=5)
-    assert busiest([[piece], [piece, piece], []], CostModel()) == 2 * (2400 + 3 * 1800)
+    assert max(loads([[piece], [piece, piece], []], CostModel())) == 2 * (2400 + 3 * 1800)
 
 
 def check(seq_lens: list[int], row_tiles: int, num_sms: int, schedule: Schedule) -> None:
@@ -187,7 +187,7 @@ def test_level_parts_differ_by_two_pages_and_an_item(seq_lens: list[int], row_ti
         (p.request, p.begin) for hand in hands for p in hand
     )
     share = sum(cost.of_item(n) for n in pages) / parts
-    assert busiest(hands, cost) <= share + 2 * cost.item + (2 * MIN_SPLIT_PAGES + 1) * cost.page
+    assert max(loads(hands, cost)) <= share + 2 * cost.item + (2 * MIN_SPLIT_PAGES + 1) * cost.page
 
 
 TINY = CostModel(page=3, item=1)  # a share must pay for an item and two pages, 7
