@@ -146,7 +146,7 @@ def server_arguments(asked: argparse.Namespace, mode: str) -> dict[str, Any]:
         "page_size": 64,
         "context_length": context_of(asked),
         "max_total_tokens": asked.cached_tokens,
-        "max_running_requests": asked.requests,
+        "max_running_requests": asked.requests + 1,  # a prompt that is cut in two counts twice
         "mem_fraction_static": 0.8,
         "disable_radix_cache": True,
         "skip_server_warmup": True,
