@@ -136,7 +136,9 @@ def test_a_page_more_in_the_same_tile_of_64_tokens(page_size: int, grown: int, t
         plan.check()
         return
     assert not out[0].any() and (lse[0] == float("-inf")).all()
-    with pytest.raises(OutOfBounds, match=rf"{grown - 1} tokens; .* pages of {page_size} tokens as planned, {told - 1}"):
+    with pytest.raises(
+        OutOfBounds, match=rf"{grown - 1} tokens; .* pages of {page_size} tokens as planned, {told - 1}"
+    ):
         plan.check()
 
 
