@@ -11,7 +11,7 @@ import torch
 
 from flashmla_backend import bounds, flashinfer_path, ops
 from flashmla_backend.bounds import Bounds
-from flashmla_backend.dispatch import DTYPES, check_page_size, default_num_sms, path_of
+from flashmla_backend.dispatch import DTYPES, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.flashinfer_path import FlashInferPlan
 from flashmla_backend.leaves import max_leaves
@@ -99,7 +99,7 @@ def plan_decode(
         s_q: query tokens per request, the same for all (more than 1 for speculative decoding).
         h_q: query heads.
         h_kv: KV heads; `h_q` must be a multiple.
-        page_size: tokens per page of the cache: 16, 32, 64, 128 or 256; the Hopper kernels take 64, 128 and 256.
+        page_size: tokens per page of the cache: 16, 32, 64, 128 or 256.
         causal: mask bottom-right: query i sees tokens up to len - s_q + i.
         batch_invariant: give each request the same bits whatever shares its batch, wherever it stands in it and
             wherever its pages lie, for the same `s_q`, `h_q`, `h_kv`, `causal` and dtype; slower.
@@ -130,7 +130,6 @@ def plan_decode(
         raise InvalidArgument(f"h_q is {h_q}, h_kv {h_kv}; accepted: h_q a multiple of h_kv")
     check_block_table(block_table, seq_lens, page_size)
     path = path_of(seq_lens.device)
-    check_page_size(page_size, seq_lens.device)
     if num_sms is None:
         num_sms = default_num_sms(seq_lens.device)
     check_positive_int("num_sms", num_sms)

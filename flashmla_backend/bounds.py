@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from flashmla_backend.errors import InvalidArgument, OutOfBounds
-from flashmla_backend.schedule import TILE_TOKENS, pages_of
+from flashmla_backend.schedule import TILE_TOKENS
 
 VARIABLE = "FLASHMLA_CHECK_BOUNDS"
 
@@ -90,6 +90,8 @@ def new_bounds(seq_lens: torch.Tensor, num_pages: int | None) -> Bounds | None:
 
 
 def describe_fault(kind: int, request: int, column: int, value: int, accepted: int) -> str:
+    runs = "tiles" if column == TILE_TOKENS else "pages"
+    planned = -(-accepted // column) if kind == PLAN else 0
     found, way_out = {
         PAGE: (
             f"block_table[{request}, {column}] was {value}; accepted: 0 to {accepted - 1}, the pages of the cache",
@@ -101,7 +103,7 @@ def describe_fault(kind: int, request: int, column: int, value: int, accepted: i
         ),
         PLAN: (
             f"seq_lens[{request}] was {value} in a layer whose plan was made for {accepted} tokens; accepted: a length "
-            f"that takes as many tiles of 64 tokens as planned, {pages_of(accepted)}",
+            f"that takes as many {runs} of {column} tokens as planned, {planned}",
             "call plan_decode again whenever seq_lens changes",
         ),
     }[kind]
@@ -142,13 +144,16 @@ def check_on_cpu(
             report_on_cpu(faults, LENGTH, request, 0, int(seq_lens[request]), min(width * page_size, 2**31 - 1))
 
 
-def planned_on_cpu(seq_lens: torch.Tensor, planned_lens: torch.Tensor, faults: torch.Tensor) -> torch.Tensor:
+def planned_on_cpu(
+    seq_lens: torch.Tensor, planned_lens: torch.Tensor, page_size: int, faults: torch.Tensor
+) -> torch.Tensor:
     """[B] int32, the lengths that a layer follows: 0 for requests at fault, and for those it was not planned for."""
-    tiles, planned = ((lens.clamp(min=0).long() + TILE_TOKENS - 1) // TILE_TOKENS for lens in (seq_lens, planned_lens))
+    run = min(page_size, TILE_TOKENS)  # tokens that `check_on_cpu` has looked at together
+    runs, planned = ((lens.clamp(min=0).long() + run - 1) // run for lens in (seq_lens, planned_lens))
     rejected = planned_lens == AT_FAULT
-    stale = (tiles != planned) & ~rejected
+    stale = (runs != planned) & ~rejected
     for request in stale.nonzero().flatten().tolist()[:1]:
-        report_on_cpu(faults, PLAN, request, 0, int(seq_lens[request]), int(planned_lens[request]))
+        report_on_cpu(faults, PLAN, request, run, int(seq_lens[request]), int(planned_lens[request]))
     return seq_lens.masked_fill(stale | rejected, 0).clamp(min=0)
 
 

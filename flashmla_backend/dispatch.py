@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from flashmla_backend import native, sm90
-from flashmla_backend.errors import InvalidArgument, Unsupported
+from flashmla_backend.errors import Unsupported
 
 Path = Literal["cpu", "sm90", "flashinfer"]
 
@@ -62,13 +62,6 @@ def why_no_kernels(capability: tuple[int, int]) -> str | None:
     if capability != (9, 0):
         return "ours run on 9.0 (Hopper) only"
     return native.unavailable_reason()
-
-
-def check_page_size(page_size: int, device: torch.device) -> None:
-    """Our kernels read pages of whole 64-token tiles."""
-    if path_of(device) == "sm90" and page_size not in sm90.PAGE_SIZES:
-        accepted = ", ".join(map(str, sm90.PAGE_SIZES))
-        raise InvalidArgument(f"page_size is {page_size}; accepted by the Hopper kernels: {accepted} tokens")
 
 
 def default_num_sms(device: torch.device) -> int:

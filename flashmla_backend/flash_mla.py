@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flashmla_backend import bounds, ops
 from flashmla_backend.api import DecodePlan, check_positive_int, mla_decode, plan_decode
-from flashmla_backend.dispatch import check_page_size, default_num_sms, path_of
+from flashmla_backend.dispatch import default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_lengths, describe
 from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
@@ -198,7 +198,6 @@ def plan_from_pair(
     s_q, h_q, page_size, h_kv = q.shape[1], q.shape[2], k_cache.shape[1], k_cache.shape[2]
     check_block_table(block_table, cache_seqlens, page_size)
     check_lengths(block_table, cache_seqlens, page_size)
-    check_page_size(page_size, cache_seqlens.device)
     check_pair_style(cache_seqlens.device)
     batch = cache_seqlens.shape[0]
     parts = num_parts(default_num_sms(cache_seqlens.device), row_tiles_of(s_q * h_q // h_kv, h_kv))

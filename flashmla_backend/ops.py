@@ -107,7 +107,7 @@ def decode_on_cpu(
     if planned_lens is None or faults is None:
         cpu.check_plan_covers(items, seq_lens)
     else:
-        seq_lens = bounds.planned_on_cpu(seq_lens, planned_lens, faults)
+        seq_lens = bounds.planned_on_cpu(seq_lens, planned_lens, kv_cache.shape[1], faults)
     q = torch.cat([q_latent, q_rope], dim=-1)
     return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal, max_leaves)
 

@@ -17,7 +17,6 @@ from flashmla_backend.paging import D_QK, D_V
 from flashmla_backend.schedule import CostModel
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # flashmla_dtype
-PAGE_SIZES = (64, 128, 256)
 
 
 @cache

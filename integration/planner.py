@@ -61,6 +61,7 @@ class StepPlanner:
             for s_q in range(1, longest_query + 1)
         ]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
+        self.page_size = page_size
         self.longest_query = longest_query
         self._logger = logger
         self._plan_decode = partial(

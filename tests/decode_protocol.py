@@ -2,7 +2,8 @@
 
 Each role below is the kernel's function of that name with everything but synchronisation and shared memory left out.
 What the kernel has four or two of is modelled once or twice, as `Scale` says: enough for warps that drift apart and for
-tiles that arrive out of turn. A warp is one program: the compiler lets its lanes meet again after every wait.
+tiles that arrive out of turn. A warp is one program: the compiler lets its lanes meet again after every wait. A copy is
+whatever completes on one barrier together: with small pages two or four boxes of each tile.
 """
 
 from __future__ import annotations

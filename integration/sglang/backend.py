@@ -12,14 +12,13 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from flashmla_backend import DecodePlan, mla_decode
 from flashmla_backend.dispatch import NAMES, path_of
 from flashmla_backend.paging import D_QK, D_V
-from flashmla_backend.schedule import TILE_TOKENS
 from flashmla_backend.selfcheck import check_decode
 
 from ..planner import StepPlanner
 from . import LOGGER_NAME, compat
 from .prefill import PrefillBackend
 from .refusals import check_runner
-from .steps import StepBuffers
+from .steps import StepBuffers, run_tokens
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -43,13 +42,17 @@ class FlashMLABackend(PrefillBackend):
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.max_context_len = model_runner.model_config.context_len
         self.h_q = compat.query_heads(model_runner)
-        pool = model_runner.token_to_kv_pool
-        self.num_pages = pool.get_key_buffer(pool.start_layer).shape[0] // TILE_TOKENS
         self.added = added
         longest = 1 if added else compat.draft_tokens(model_runner)
         self.planner = StepPlanner(
-            self.req_to_token.device, h_q=self.h_q, page_size=TILE_TOKENS, longest_query=longest, logger=logger
+            self.req_to_token.device,
+            h_q=self.h_q,
+            page_size=run_tokens(model_runner.page_size),
+            longest_query=longest,
+            logger=logger,
         )
+        pool = model_runner.token_to_kv_pool
+        self.num_pages = pool.get_key_buffer(pool.start_layer).shape[0] // self.planner.page_size
         self._eager: StepBuffers | None = None
         self._captured: StepBuffers | None = None
         if compat.scales_queries(model_runner):
@@ -59,7 +62,7 @@ class FlashMLABackend(PrefillBackend):
             "flashmla_backend %s serves MLA decode: %s, %d-token pages",
             version("flashmla_backend"),
             NAMES[path_of(self.req_to_token.device)],
-            TILE_TOKENS,
+            self.planner.page_size,
         )
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -126,7 +129,6 @@ class FlashMLABackend(PrefillBackend):
             self._write(layer, forward_batch.out_cache_loc, k, v, k_rope)
         plan: DecodePlan = self.forward_metadata
         cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)  # [slots, 1, 576]
-        tiles = cache.shape[0] // TILE_TOKENS
         planned = plan.batch * plan.s_q
 
         def of_requests(columns: torch.Tensor, width: int) -> torch.Tensor:
@@ -135,7 +137,7 @@ class FlashMLABackend(PrefillBackend):
 
         out, _ = mla_decode(
             of_requests(q, D_QK) if q_rope is None else (of_requests(q, D_V), of_requests(q_rope, D_QK - D_V)),
-            cache[: tiles * TILE_TOKENS].view(tiles, TILE_TOKENS, 1, D_QK),
+            cache[: self.num_pages * plan.page_size].view(self.num_pages, plan.page_size, 1, D_QK),
             plan,
             softmax_scale=layer.scaling,
         )

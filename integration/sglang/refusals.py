@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashmla_backend.errors import Unsupported
-from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.paging import D_QK, D_V, PAGE_SIZES
 from flashmla_backend.schedule import TILE_TOKENS
 
 from . import compat
@@ -28,10 +28,10 @@ def check_runner(model_runner: Any) -> None:
             f"the model has kv_lora_rank {latent} and qk_rope_head_dim {rope}; {FLAG} takes {D_V} and "
             f"{D_QK - D_V}; {WITHOUT_FLAG}"
         )
-    if model_runner.page_size % TILE_TOKENS:
+    if model_runner.page_size % PAGE_SIZES[0]:
         raise Unsupported(
-            f"page_size is {model_runner.page_size}; {FLAG} reads tiles of {TILE_TOKENS} consecutive tokens, so it "
-            f"takes multiples of {TILE_TOKENS}; pass --page-size {TILE_TOKENS}"
+            f"page_size is {model_runner.page_size}; {FLAG} reads {PAGE_SIZES[0]} consecutive tokens and more at once, "
+            f"so it takes multiples of {PAGE_SIZES[0]}; pass --page-size {TILE_TOKENS}"
         )
     if model_runner.kv_cache_dtype != model_runner.dtype:
         raise Unsupported(

@@ -1,10 +1,13 @@
 """Once a step: the batch's rows of SGLang's token table become lengths and a block table, in buffers that never move.
 
 SGLang keeps, for each request, the cache slot of every token: `req_to_token [requests, context] int32`. Its allocator
-hands out whole pages, so with pages of a multiple of 64 tokens the slot of every 64th token names a tile.
+hands out whole pages, so the slot of a page's first token names it. Pages of more than 64 tokens, or of a multiple of
+16 that does not divide 64, are taken as several: `run_tokens` of each page lie together.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -15,9 +18,14 @@ from flashmla_backend.schedule import TILE_TOKENS
 from ..planner import StepPlanner
 
 
+def run_tokens(page_size: int) -> int:
+    """Tokens of our pages in a cache whose pages are of `page_size`, a multiple of 16: 16, 32 or 64."""
+    return math.gcd(page_size, TILE_TOKENS)
+
+
 class StepBuffers:
-    """Lengths and block table of up to `rows` requests over a cache of `num_pages` tiles, and the plans
-    made of them.
+    """Lengths and block table of up to `rows` requests over a cache of `num_pages` of the planner's pages, and the
+    plans made of them.
 
     Everything in `plan` is a kernel with shapes that the batch size alone decides, so it may be captured in a CUDA
     graph and then follows SGLang's buffers at every replay.
@@ -27,9 +35,9 @@ class StepBuffers:
         device = req_to_token.device
         self.rows, self.planner, self.num_pages = rows, planner, num_pages
         self.req_to_token = req_to_token
-        self.tile_starts = req_to_token[:, ::TILE_TOKENS]  # [requests, tiles], a view
+        self.page_starts = req_to_token[:, :: planner.page_size]  # [requests, pages], a view
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros((rows, self.tile_starts.shape[1]), dtype=torch.int32, device=device)
+        self.block_table = torch.zeros((rows, self.page_starts.shape[1]), dtype=torch.int32, device=device)
 
     def reserve(self, batch: int, s_q: int) -> None:
         """Allocate what plans of `batch` requests with `s_q` query tokens each need; a CUDA graph must not."""
@@ -47,26 +55,26 @@ class StepBuffers:
         batch = requests.shape[0]
         lengths, table = self.seq_lens[:batch], self.block_table[:batch]
         lengths.copy_(seq_lens).add_(added)
-        torch.index_select(self.tile_starts, 0, requests, out=table)
+        torch.index_select(self.page_starts, 0, requests, out=table)
         if table.device.type == "cpu":
-            check_contiguous(self.req_to_token[requests], lengths)
-        table.div_(TILE_TOKENS, rounding_mode="floor")
+            check_contiguous(self.req_to_token[requests], lengths, self.planner.page_size)
+        table.div_(self.planner.page_size, rounding_mode="floor")
         return self.planner.step(lengths, table, s_q)(num_pages=self.num_pages)
 
 
-def check_contiguous(slots: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Every tile must be 64 consecutive slots from a multiple of 64, as far as the request has tokens.
+def check_contiguous(slots: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> None:
+    """Every page must be `page_size` consecutive slots from a multiple of it, as far as the request has tokens.
 
     slots: [B, context] int32; seq_lens: [B] int32, both on the CPU.
     """
     position = torch.arange(slots.shape[1])
-    start = slots[:, position // TILE_TOKENS * TILE_TOKENS]
-    wrong = (slots != start + position % TILE_TOKENS) | (start % TILE_TOKENS != 0)
+    start = slots[:, position // page_size * page_size]
+    wrong = (slots != start + position % page_size) | (start % page_size != 0)
     wrong &= position < seq_lens[:, None]
     if bool(wrong.any()):
         request, token = wrong.nonzero()[0].tolist()
         raise InvalidArgument(
-            f"req_to_token[{request}, {token}] is {int(slots[request, token])}, its tile begins at slot "
-            f"{int(start[request, token])}; accepted: tiles of {TILE_TOKENS} consecutive slots from a multiple of "
-            f"{TILE_TOKENS}, which SGLang's allocator gives with --page-size {TILE_TOKENS}"
+            f"req_to_token[{request}, {token}] is {int(slots[request, token])}, its page begins at slot "
+            f"{int(start[request, token])}; accepted: pages of {page_size} consecutive slots from a multiple of "
+            f"{page_size}, which SGLang's allocator gives with --page-size {page_size}"
         )

@@ -8,7 +8,7 @@ import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonBackend
 from vllm.platforms import current_platform
 
-from flashmla_backend.paging import D_QK
+from flashmla_backend.paging import D_QK, PAGE_SIZES
 from flashmla_backend.schedule import TILE_TOKENS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .builder import FlashMLAMetadataBuilder
     from .impl import FlashMLAImpl
 
-PAGE_SIZE = TILE_TOKENS  # vLLM splits blocks of 128 and 256 tokens into pages of this many itself
+PREFERRED_PAGE_SIZE = TILE_TOKENS
 
 
 class FlashMLABackend(MLACommonBackend):
@@ -49,11 +49,12 @@ class FlashMLABackend(MLACommonBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        return [PAGE_SIZE]
+        """vLLM splits larger blocks into pages of the largest of these that divides them."""
+        return [size for size in PAGE_SIZES if size <= TILE_TOKENS]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return PAGE_SIZE
+        return PREFERRED_PAGE_SIZE
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:

@@ -14,13 +14,13 @@ from vllm.platforms.zen_cpu import ZenCpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from flashmla_backend.errors import InvalidArgument, Unsupported
+from flashmla_backend.paging import PAGE_SIZES
 
 from . import LOGGER_NAME
 from .plugin import BACKEND_PATH, owns_flashmla
 
 logger = init_logger(LOGGER_NAME)
 
-BLOCK_SIZES = (64, 128, 256)
 DEFAULT_BLOCK_SIZE = 64
 FLAG = "--attention-backend flashmla"
 WITHOUT_FLAG = f"drop {FLAG} to let vLLM choose"
@@ -97,9 +97,9 @@ def _check_request(vllm_config: Any) -> None:
             f"{FLAG} is for models with multi-head latent attention, and {model.model} "
             f"({', '.join(model.architectures)}) runs without it; {WITHOUT_FLAG}"
         )
-    if cache.user_specified_block_size and cache.block_size not in BLOCK_SIZES:
+    if cache.user_specified_block_size and cache.block_size not in PAGE_SIZES:
         raise InvalidArgument(
-            f"block_size is {cache.block_size}; {FLAG} takes {', '.join(map(str, BLOCK_SIZES))} tokens"
+            f"block_size is {cache.block_size}; {FLAG} takes {', '.join(map(str, PAGE_SIZES))} tokens"
         )
     drafts = vllm_config.speculative_config
     if drafts is not None and drafts.use_eagle() and drafts.attention_backend != AttentionBackendEnum.FLASHMLA:

@@ -102,9 +102,10 @@ flashmla_status validate(const flashmla_decode_params& p) {
     return fail(FLASHMLA_INVALID_ARGUMENT, "h_q is %d, h_kv %d; accepted: h_q a multiple of h_kv",
                 p.h_q, p.h_kv);
   }
-  if (p.page_size % kTileTokens != 0) {
-    return fail(FLASHMLA_INVALID_ARGUMENT, "page_size is %d; accepted: a multiple of %d tokens",
-                p.page_size, kTileTokens);
+  if (p.page_size != 16 && p.page_size != 32 && p.page_size % kTileTokens != 0) {
+    return fail(FLASHMLA_INVALID_ARGUMENT,
+                "page_size is %d; accepted: 16, 32 or a multiple of %d tokens", p.page_size,
+                kTileTokens);
   }
   if (p.batch > 0 && p.s_q > INT_MAX / p.h_q / p.batch) {
     return fail(FLASHMLA_INVALID_ARGUMENT,

@@ -15,8 +15,9 @@
 namespace flashmla {
 namespace {
 
-// The cache as 64-column tiles: one box is a tile of 64 tokens in the layout that wgmma reads.
-flashmla_status make_kv_map(const flashmla_decode_params& p, CUtensorMap* map) {
+// The cache as 64-column tiles: one box is a tile of 64 tokens in the layout that wgmma reads, or
+// the rows of it that a smaller page fills.
+flashmla_status make_kv_map(const flashmla_decode_params& p, int box_tokens, CUtensorMap* map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -35,7 +36,7 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, CUtensorMap* map) {
   const cuuint64_t sizes[5] = {64, rows, kTiles, heads, pages};
   const cuuint64_t strides[4] = {bytes(p.kv_row_stride), bytes(64), bytes(p.kv_head_stride),
                                  bytes(p.kv_page_stride)};
-  const cuuint32_t box[5] = {64, kTileTokens, 1, 1, 1};
+  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(box_tokens), 1, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
       map,
@@ -69,6 +70,11 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
                            kCombineThreads, 0, p.stream, arguments);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "combine launch: %s", cudaGetErrorString(error));
+  if (arguments.planned_lens == nullptr || arguments.box_log2 == kTileLog2) return FLASHMLA_OK;
+  error = launch_dependent(empty_stale_kernel<Element>, dim3(p.batch), kEmptyThreads, 0, p.stream,
+                           arguments);
+  if (error != cudaSuccess)
+    return fail(FLASHMLA_CUDA_ERROR, "empty launch: %s", cudaGetErrorString(error));
   return FLASHMLA_OK;
 }
 
@@ -83,7 +89,9 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   if (const flashmla_status status = require_hopper(&device)) return status;
   if (p.batch == 0) return FLASHMLA_OK;
   DecodeArguments arguments{};
-  if (const flashmla_status status = make_kv_map(p, &arguments.kv_map)) return status;
+  arguments.box_log2 = p.page_size == 16 ? 4 : p.page_size == 32 ? 5 : kTileLog2;
+  if (const flashmla_status status = make_kv_map(p, 1 << arguments.box_log2, &arguments.kv_map))
+    return status;
   arguments.q_latent = p.q_latent;
   arguments.q_rope = p.q_rope;
   arguments.seq_lens = p.seq_lens;

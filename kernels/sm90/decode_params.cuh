@@ -11,8 +11,9 @@ namespace flashmla {
 
 constexpr int kLatent = 512;
 constexpr int kWidth = 576;
-constexpr int kTileRows = 64;    // query rows of a thread block
-constexpr int kTileTokens = 64;  // KV tokens of a page as the schedule counts them
+constexpr int kTileRows = 64;  // query rows of a thread block
+constexpr int kTileLog2 = 6;
+constexpr int kTileTokens = 1 << kTileLog2;  // KV tokens of a page as the schedule counts them
 constexpr int kTiles = kWidth / 64;
 
 struct DecodeArguments {
@@ -34,10 +35,11 @@ struct DecodeArguments {
   int batch, s_q, h_q, h_kv;
   int group;           // h_q / h_kv
   int rows;            // s_q * group
-  int tiles_per_page;  // page_size / 64
+  int tiles_per_page;  // page_size / 64; 0 where pages are smaller
   int max_leaves;      // 0: not batch-invariant
   bool causal;
   float scale_log2;  // softmax scale * log2(e)
+  int box_log2;      // a TMA box holds 2^box_log2 tokens of a page: 64, or a smaller page
 };
 
 // Offset of row `row` of KV head `kv_head` in [B, S_q, H_q].

@@ -301,11 +301,17 @@ int main() {
                           false,
                           0.07f,
                           {300, 129, 2}};
+  const Shape small_pages = {"20 heads, pages of 16",     FLASHMLA_BF16, 2, 20, 1, 16, true, 0.07f,
+                             {700, 1, 0, 16, 17, 64, 130}};
+  const Shape half_tiles = {
+      "two KV heads, pages of 32", FLASHMLA_FP16, 1, 12, 2, 32, true, 0.07f, {33, 300, 96, 0}};
   Case cases[] = {{by_hand, kByHand},
                   {cut, device_schedule(8)},
                   {many, device_schedule(3)},
                   {row_tiles, device_schedule(4)},
-                  {kv_heads, device_schedule(4)}};
+                  {kv_heads, device_schedule(4)},
+                  {small_pages, device_schedule(3)},
+                  {half_tiles, device_schedule(4)}};
   bool right = true;
   for (Case& c : cases) {
     right &= c.decode();
@@ -316,5 +322,6 @@ int main() {
   right &= Case(kv_heads, device_schedule(4)).invariant_decode();
   right &= Case(cut, device_schedule(8)).checked_decode();
   right &= Case(many, device_schedule(3)).checked_decode();
+  right &= Case(small_pages, device_schedule(3)).checked_decode();
   return right ? 0 : 1;
 }

@@ -116,7 +116,9 @@ bool documented(const flashmla_decode_params& p) {
   if (!within(p.dtype, 0, 1) || p.batch < 0 || p.s_q < 1 || p.h_q < 1) return false;
   if (!within(p.h_kv, 1, 65535) || p.h_q % p.h_kv != 0 || !within(p.num_parts, 1, 65535))
     return false;
-  if (p.page_size < 64 || p.page_size % 64 != 0 || p.num_pages < 1) return false;
+  if (p.page_size != 16 && p.page_size != 32 && (p.page_size < 64 || p.page_size % 64 != 0))
+    return false;
+  if (p.num_pages < 1) return false;
   if (static_cast<__int128>(p.batch) * p.s_q * p.h_q > INT_MAX) return false;
   if (!(p.softmax_scale > 0.0f && p.softmax_scale <= std::numeric_limits<float>::max()))
     return false;
@@ -177,7 +179,7 @@ bool fuzz_decode(Source source) {
   p.s_q = source.number(2);
   p.h_q = source.number(16);
   p.h_kv = source.number(2);
-  p.page_size = source.number(64);
+  p.page_size = source.number(source.take<uint8_t>() % 2 == 0 ? 16 : 64);
   p.num_pages = source.number(10);
   p.num_parts = source.number(132);
   p.causal = source.number(1);

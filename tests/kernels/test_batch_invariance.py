@@ -18,6 +18,7 @@ Record = Callable[[str, object], None]
 NEEDLES = [1, 3, 63, 64, 65, 255, 257, 447, 448, 449, 511, 512, 513, 1000, 1023, 1024, 1025, 2047, 2049, 5000, 20011]
 BATCHES = [1, 2, 5, 16, 64, 256]
 PAD = -1
+SMALL_AND_LARGE_PAGES = [(16, 2, 1, 64), (128, 2, 3, 256), (126, 3, 1, 128), (128, 1, 1, 16), (20, 2, 2, 32)]
 
 
 def decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_needles(h_q: int, s_q: int, dtype: torch.dtype, record_property: Record
     record_property("cases", check_in_batches(needles, source, BATCHES))
 
 
-@pytest.mark.parametrize("h_q, h_kv, s_q, page_size", [(16, 2, 1, 64), (128, 2, 3, 256), (126, 3, 1, 128)])
+@pytest.mark.parametrize("h_q, h_kv, s_q, page_size", SMALL_AND_LARGE_PAGES)
 def test_kv_heads_and_page_sizes(h_q: int, h_kv: int, s_q: int, page_size: int, record_property: Record) -> None:
     needles = make_problem([1, 448, 513, 2049, 7000], s_q=s_q, h_q=h_q, h_kv=h_kv, page_size=page_size)
     record_property("cases", check_in_batches(needles, random.Random(0), [3, 40]))

@@ -68,7 +68,7 @@ AFTER: dict[str, tuple[int, Spoil, str]] = {
     "a tile more": (
         2,
         lambda p: p.seq_lens[2].fill_(129),
-        r"seq_lens\[2\] was 129 .* for 65 tokens; .* planned, 2",
+        r"seq_lens\[2\] was 129 .* for 65 tokens; .* planned, [25]",
     ),
     "many tiles more": (5, lambda p: p.seq_lens[5].fill_(9000), r"seq_lens\[5\] was 9000 .* made for 64 tokens"),
     "far fewer, of a request that was cut": (3, lambda p: p.seq_lens[3].fill_(3), r"seq_lens\[3\] was 3 .* for 9000"),
@@ -79,7 +79,7 @@ AFTER: dict[str, tuple[int, Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize("h_q, s_q, page_size", [(16, 1, 64), (128, 2, 64), (16, 2, 256)])
+@pytest.mark.parametrize("h_q, s_q, page_size", [(16, 1, 64), (128, 2, 64), (16, 2, 256), (20, 2, 16)])
 @pytest.mark.parametrize("case", [*BEFORE, *AFTER])
 def test_the_request_is_empty_the_others_as_ever_and_the_next_step_is_told(
     case: str, h_q: int, s_q: int, page_size: int
@@ -111,6 +111,33 @@ def test_the_request_is_empty_the_others_as_ever_and_the_next_step_is_told(
     again = decode(sound, plan_of(sound, causal=True, reuse=plan))
     assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
     torch.cuda.synchronize()
+    plan.check()
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("page_size, grown, told", [(16, 33, 3), (16, 32, None), (32, 33, 2), (64, 33, None)])
+def test_a_page_more_in_the_same_tile_of_64_tokens(
+    page_size: int, grown: int, told: int | None, batch_invariant: bool
+) -> None:
+    """Its table entry was not looked at when the step was planned, and is not followed."""
+    problem = make_problem([grown, 70, 3000], s_q=2, h_q=128, page_size=page_size)
+    mode = {"causal": True, "batch_invariant": batch_invariant}
+    expected = decode(problem, plan_of(problem, **mode))
+    problem.seq_lens[0] = grown - 1
+    plan = plan_of(problem, **mode)
+    problem.seq_lens[0] = grown
+    if told:
+        problem.block_table[0, told - 1] = POISON_PAGE
+    for _ in range(2):  # layers
+        out, lse = decode(problem, plan)
+        assert torch.equal(out[1:], expected[0][1:]) and torch.equal(lse[1:], expected[1][1:])
+        if told:
+            assert not out[0].any() and (lse[0] == float("-inf")).all()
+        else:
+            assert torch.equal(out[0], expected[0][0]) and torch.equal(lse[0], expected[1][0])
+    torch.cuda.synchronize()
+    if told:
+        raised_by(plan.check, rf"seq_lens\[0\] was {grown} .* pages of {page_size} tokens as planned, {told - 1}")
     plan.check()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 import flashmla_backend
 from flashmla_backend import InvalidArgument
 from flashmla_backend.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flashmla_backend.paging import PAGE_SIZES
+from tests.isolation import MODES
 from tests.kernels.problems import (
     DTYPES,
     HEADS,
@@ -20,6 +23,7 @@ from tests.kernels.problems import (
     fault,
     fault_of,
     grid,
+    make_block_table,
     make_problem,
     oracle,
     plan_of,
@@ -47,13 +51,69 @@ def test_half_the_lengths_are_zero(h_q: int, s_q: int, dtype: torch.dtype) -> No
     assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
 
 
-@pytest.mark.parametrize("page_size", [64, 128, 256])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_page_sizes(page_size: int) -> None:
     for case in (
         Case(6, 1, 700, 16, 1, True, True, torch.bfloat16, page_size),
         Case(3, 2, 5000, 128, 2, True, True, torch.float16, page_size),
     ):
         assert fault_of(case) is None
+
+
+def in_pages_of(problem: Problem, page_size: int) -> Problem:
+    """The same tokens in shuffled pages of another size; all else in the cache is NaN."""
+    generator = torch.Generator(problem.q.device).manual_seed(page_size)
+    table, pages = make_block_table(problem.seq_lens, page_size, generator)
+    tokens = problem.tokens
+    cache = tokens.new_full((pages, page_size, *tokens.shape[2:]), float("nan"))
+    token = torch.arange(tokens.shape[1], device=tokens.device)
+    request, token = (token < problem.seq_lens[:, None]).nonzero(as_tuple=True)
+    cache[table[request, token // page_size].long(), token % page_size] = tokens[request, token]
+    return replace(problem, kv_cache=cache, block_table=table)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("h_q, h_kv, s_q", [(16, 1, 1), (128, 1, 2), (20, 2, 3)])
+def test_bits_do_not_depend_on_the_page_size(
+    h_q: int, h_kv: int, s_q: int, dtype: torch.dtype, mode: dict[str, object]
+) -> None:
+    """Lengths at the edges of every page size, and requests that are cut."""
+    edges = [length + d for length in (16, 32, 48, 64, 80, 128, 256) for d in (-1, 0, 1)]
+    problem = make_problem([0, 1, *edges, 3000, 9000], s_q=s_q, h_q=h_q, h_kv=h_kv, dtype=dtype)
+
+    def results(paged: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = plan_of(paged, causal=True, **mode)
+        return flashmla_backend.mla_decode(paged.q, paged.kv_cache, plan, softmax_scale=SCALE)
+
+    expected = results(problem)
+    assert fault(*expected, *oracle(problem, causal=True)) is None
+    for page_size in PAGE_SIZES:
+        for ours, theirs in zip(results(in_pages_of(problem, page_size)), expected, strict=True):
+            assert torch.equal(ours, theirs), page_size
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_small_pages_may_be_views(page_size: int) -> None:
+    """Gaps between rows, heads and pages, in all of which is NaN, and lengths that fill only part of a tile."""
+    problem = make_problem([0, 1, 15, 17, 33, 49, 63, 65, 1000], h_q=20, h_kv=2, page_size=page_size)
+    wide = problem.q.new_full((len(problem.kv_cache), 3, page_size, 3, 640), float("nan"))
+    wide[:, 1, :, :2, :576] = problem.kv_cache
+    views = replace(problem, kv_cache=wide[:, 1, :, :2, :576])
+    for ours, expected in zip(decode(views, causal=True), decode(problem, causal=True), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_a_plan_older_than_its_lengths(page_size: int) -> None:
+    """Lengths that grew within their last tile take in pages of it, and those that shrank leave all of some tiles."""
+    problem = make_problem([64, 700, 3000, 130, 5], page_size=page_size)
+    planned = problem.seq_lens.clone()
+    planned.copy_(torch.tensor([1, 641, 3000, 640, 1000]))
+    plan = plan_of(replace(problem, seq_lens=planned), causal=True)
+    planned.copy_(problem.seq_lens)
+    result = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+    assert fault(*result, *oracle(problem, causal=True)) is None
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 63, 64, 65, 127, 128, 129, 513, 100_000])
@@ -158,6 +218,6 @@ def test_unsuitable_input_is_refused_by_name() -> None:
         run(shifted, problem.kv_cache)
     with pytest.raises(InvalidArgument, match=r"q is .* float32; accepted: bfloat16, float16"):
         run(problem.q.float(), problem.kv_cache.float())
-    small = make_problem([100], page_size=32)
-    with pytest.raises(InvalidArgument, match="page_size is 32; accepted by the Hopper kernels: 64, 128, 256"):
+    small = make_problem([100], page_size=8)
+    with pytest.raises(InvalidArgument, match="page_size is 8; accepted: 16, 32, 64, 128, 256"):
         plan_of(small, causal=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +14,9 @@ from tests.kernels.problems import DTYPES
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("s_q", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page_size", [64, 128, 256])
+@pytest.mark.parametrize(
+    "page_size, dtype", [(16, torch.bfloat16), (32, torch.float16), *itertools.product((64, 128, 256), DTYPES)]
+)
 def test_nothing_leaks(
     page_size: int,
     dtype: torch.dtype,

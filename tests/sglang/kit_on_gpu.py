@@ -59,7 +59,7 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     verify, draft = speculative_target_verify_runner, speculative_draft_runner
     extend = speculative_draft_extend_runner
     for heads in (16, 128):
-        for page_size in (64, 128):
+        for page_size in (16, 64, 128):
 
             def case(mode: ForwardMode, prefixes: tuple[int, ...], inputs: tuple[int, ...] = ()) -> Any:
                 name = f"{mode.name}, {heads} heads, pages of {page_size}"  # noqa: B023 - called in this iteration

@@ -27,7 +27,7 @@ SHAPE: dict[str, Any] = {
     "dtype": torch.bfloat16,
     "device": "cpu",
 }
-PAGE_SIZES = (64, 128)
+PAGE_SIZES = (16, 64, 128)
 ROWS = 4  # of captured batches; the replayed ones have fewer requests
 DRAFTS = 4
 

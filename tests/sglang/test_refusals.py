@@ -40,7 +40,7 @@ def no_speculation(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return asked
 
 
-@pytest.mark.parametrize("page_size", [64, 128, 256])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 96, 128, 256])
 def test_what_is_served(page_size: int) -> None:
     refusals.check_runner(runner(page_size=page_size))
 
@@ -54,9 +54,9 @@ def test_what_is_served(page_size: int) -> None:
         ),
         ({"config_kv_lora_rank": 256}, ["kv_lora_rank 256", "takes 512 and 64", "drop --attention-backend flashmla"]),
         ({"config_qk_rope_head_dim": 32}, ["qk_rope_head_dim 32", "takes 512 and 64"]),
-        ({"page_size": 1}, ["page_size is 1;", "--page-size 64"]),
-        ({"page_size": 32}, ["page_size is 32;", "--page-size 64"]),
-        ({"page_size": 96}, ["page_size is 96;", "multiples of 64"]),
+        ({"page_size": 1}, ["page_size is 1;", "multiples of 16", "--page-size 64"]),
+        ({"page_size": 8}, ["page_size is 8;", "--page-size 64"]),
+        ({"page_size": 72}, ["page_size is 72;", "multiples of 16", "--page-size 64"]),
         ({"kv_cache_dtype": torch.float8_e4m3fn}, ["float8_e4m3fn", "no FP8 yet", "--kv-cache-dtype auto"]),
         ({"kv_cache_dtype": torch.float16}, ["cache is float16, the model bfloat16", "--kv-cache-dtype auto"]),
         ({"server_args": SimpleNamespace(enable_unified_memory=True)}, ["--enable-unified-memory", "drop one"]),

@@ -10,16 +10,16 @@ import torch
 from flashmla_backend import DecodePlan, api, bounds, plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.integration.planner import StepPlanner
-from flashmla_backend.integration.sglang.steps import StepBuffers
+from flashmla_backend.integration.sglang.steps import StepBuffers, run_tokens
 
 CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
 HEADS = 16
-PAGES = 400  # 64-token tiles of the cache
+PAGES = 400  # of the cache
 
 
-def step_buffers(table: torch.Tensor, rows: int, num_pages: int = PAGES) -> StepBuffers:
+def step_buffers(table: torch.Tensor, rows: int, num_pages: int = PAGES, page_size: int = 64) -> StepBuffers:
     logger = logging.getLogger("flashmla_backend.sglang")
-    planner = StepPlanner(table.device, h_q=HEADS, page_size=64, longest_query=2, logger=logger)
+    planner = StepPlanner(table.device, h_q=HEADS, page_size=page_size, longest_query=2, logger=logger)
     return StepBuffers(table, rows, planner, num_pages)
 
 
@@ -36,17 +36,18 @@ def token_table(lengths: list[int], page_size: int) -> torch.Tensor:
     return table
 
 
-@pytest.mark.parametrize("page_size", [64, 128, 256])
-def test_tiles_are_those_of_the_tokens(page_size: int) -> None:
+@pytest.mark.parametrize("page_size, run", [(16, 16), (32, 32), (48, 16), (64, 64), (96, 32), (128, 64), (256, 64)])
+def test_pages_are_those_of_the_tokens(page_size: int, run: int) -> None:
+    assert run_tokens(page_size) == run
     lengths = [1, 63, 64, 65, 129, 300]
     table = token_table(lengths, page_size)
     requests = torch.tensor([5, 0, 3, 2])
     lens = torch.tensor([lengths[r] for r in requests])
-    plan = step_buffers(table, rows=8).plan(requests, lens, added=0, s_q=1)
+    plan = step_buffers(table, rows=8, page_size=run).plan(requests, lens, added=0, s_q=1)
     assert plan.seq_lens.tolist() == lens.tolist()
     for row, request in enumerate(requests.tolist()):
         tokens = torch.arange(lengths[request])
-        slots = plan.block_table[row, tokens // 64] * 64 + tokens % 64
+        slots = plan.block_table[row, tokens // run] * run + tokens % run
         assert slots.tolist() == table[request, : lengths[request]].tolist()
 
 
@@ -82,7 +83,7 @@ def test_what_was_reserved_is_what_is_planned_in(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ((1, 70, 5), r"req_to_token\[0, 70\] is 5, its tile begins at slot"),
+        ((1, 70, 5), r"req_to_token\[0, 70\] is 5, its page begins at slot"),
         ((1, 0, 65), r"req_to_token\[0, 0\] is 65, .*--page-size 64"),
     ],
 )
@@ -115,5 +116,5 @@ def test_faults_are_logged_and_the_next_step_goes_on(
 @pytest.mark.parametrize("page_size", [1, 16, 32])
 def test_small_pages_are_noticed_where_they_are_shuffled(page_size: int) -> None:
     buffers = step_buffers(token_table([90], page_size), rows=4)
-    with pytest.raises(InvalidArgument, match="tiles of 64 consecutive slots"):
+    with pytest.raises(InvalidArgument, match="pages of 64 consecutive slots"):
         buffers.plan(torch.tensor([0]), torch.tensor([90]), added=0, s_q=1)

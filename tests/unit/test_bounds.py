@@ -121,6 +121,28 @@ def test_the_request_is_empty_the_others_as_ever_and_the_next_step_is_told(case:
 
 
 @pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("page_size, grown, told", [(16, 33, 3), (16, 32, None), (32, 33, 2), (64, 33, None)])
+def test_a_page_more_in_the_same_tile_of_64_tokens(page_size: int, grown: int, told: int | None) -> None:
+    """Its table entry was not looked at when the step was planned."""
+    problem = make_problem([grown, 70], s_q=2, h_q=4, page_size=page_size)
+    expected = decode(problem, plan_of(problem, page_size=page_size))
+    problem.seq_lens[0] = grown - 1
+    plan = plan_of(problem, page_size=page_size)
+    problem.seq_lens[0] = grown
+    out, lse = decode(problem, plan)
+    assert torch.equal(out[1], expected[0][1]) and torch.equal(lse[1], expected[1][1])
+    if told is None:
+        assert equal((out, lse), expected)
+        plan.check()
+        return
+    assert not out[0].any() and (lse[0] == float("-inf")).all()
+    with pytest.raises(
+        OutOfBounds, match=rf"{grown - 1} tokens; .* pages of {page_size} tokens as planned, {told - 1}"
+    ):
+        plan.check()
+
+
+@pytest.mark.usefixtures("checked")
 def test_check_tells_between_steps() -> None:
     problem = make()
     problem.block_table[0, 0] = -1

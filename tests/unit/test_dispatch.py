@@ -74,15 +74,6 @@ def test_nothing_for_a_gpu_is_told_with_the_way_out(
         error.match(part)
 
 
-@pytest.mark.parametrize("page_size", [16, 32])
-def test_small_pages_are_refused_on_hopper(gpu: Callable[..., None], page_size: int) -> None:
-    gpu((9, 0))
-    with pytest.raises(InvalidArgument, match=f"page_size is {page_size}; accepted by the Hopper kernels: 64, 128, 25"):
-        dispatch.check_page_size(page_size, GPU)
-    gpu((8, 0), flashinfer=True)
-    dispatch.check_page_size(page_size, GPU)
-
-
 def test_max_splits_bounds_every_schedule() -> None:
     assert max_splits(132) == MAX_ROUNDS * 132
 

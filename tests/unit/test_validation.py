@@ -91,7 +91,9 @@ BOUNDS = {
         ({"max_leaves": 16}, "subtrees is null; accepted: a device pointer"),
         ({"kv_strides": (36860, 576, 576)}, "kv_page_stride is 36860 elements; accepted: a multiple of 8"),
         ({"kv_strides": (0, 576, 576)}, "kv_page_stride is 0 elements; .* from 8 up"),
-        ({"page_size": 32}, "page_size is 32; accepted: a multiple of 64"),
+        ({"page_size": 8}, "page_size is 8; accepted: 16, 32 or a multiple of 64"),
+        ({"page_size": 48}, "page_size is 48; accepted: 16, 32 or a multiple of 64"),
+        ({"page_size": 96}, "page_size is 96; accepted: 16, 32 or a multiple of 64"),
         ({"page_size": 0}, "page_size is 0"),
         ({"shape": (2, 1, 5, 2)}, "h_q is 5, h_kv 2; accepted: h_q a multiple of h_kv"),
         ({"shape": (2, 0, 5, 1)}, "s_q is 0; accepted: 1 to"),
@@ -152,7 +154,8 @@ def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
     if any(device.compute_capability == (9, 0) for device in native.devices()):
         pytest.skip("there is one, and the addresses are made up")
     module = native.load()
-    for call, arguments in ((module.decode, DECODE), (module.schedule, SCHEDULE), (module.check_bounds, BOUNDS)):
+    good = [(module.decode, DECODE | {"page_size": size}) for size in (16, 32, 64, 128, 256)]
+    for call, arguments in (*good, (module.schedule, SCHEDULE), (module.check_bounds, BOUNDS)):
         with pytest.raises(RuntimeError, match=r"there is no CUDA device|has compute capability .* run on 9\.0"):
             call(**arguments)
 

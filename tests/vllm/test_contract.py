@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder, QueryLenSupport
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
+from vllm.v1.worker.utils import select_common_block_size
 
 from flashmla_backend import bounds, plan_decode, reference
 from flashmla_backend.errors import Unsupported
@@ -235,15 +236,14 @@ def test_layers_with_more_than_plain_attention_are_refused(unserved: dict[str, A
 
 
 def test_what_the_backend_declares() -> None:
-    assert FlashMLABackend.get_supported_kernel_block_sizes() == [64]
-    assert FlashMLABackend.get_supported_kernel_block_sizes(kv_cache_spec=None) == [64]
+    assert FlashMLABackend.get_supported_kernel_block_sizes() == [16, 32, 64]
+    assert FlashMLABackend.get_supported_kernel_block_sizes(kv_cache_spec=None) == [16, 32, 64]
     assert FlashMLABackend.get_supported_head_sizes() == [576]
     assert FlashMLABackend.get_preferred_block_size(128) == 64
-    assert [size for size in (16, 32, 64, 96, 128, 256) if FlashMLABackend.supports_block_size(size)] == [
-        64,
-        128,
-        256,
-    ]
+    split_into = {16: 16, 32: 32, 48: 16, 64: 64, 96: 32, 128: 64, 256: 64}
+    assert [size for size in (1, 8, *split_into, 100) if FlashMLABackend.supports_block_size(size)] == [*split_into]
+    for size, page_size in split_into.items():
+        assert select_common_block_size(size, [FlashMLABackend]) == page_size
     assert FlashMLABackend.get_builder_cls()._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
     assert FlashMLABackend.get_builder_cls().query_len_support is QueryLenSupport.UNIFORM
     assert FlashMLABackend.get_impl_cls().can_return_lse_for_decode

@@ -45,15 +45,15 @@ def configure(checkpoint: Callable[[Architecture], Path]) -> Callable[..., Any]:
     return create
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 96, 192, 512])
+@pytest.mark.parametrize("block_size", [8, 48, 96, 192, 512])
 def test_other_block_sizes(configure: Callable[..., Any], block_size: int) -> None:
     with pytest.raises(
-        ValueError, match=f"block_size is {block_size}; --attention-backend flashmla takes 64, 128, 256"
+        ValueError, match=f"block_size is {block_size}; --attention-backend flashmla takes 16, 32, 64, 128, 256"
     ):
         configure(block_size=block_size)
 
 
-@pytest.mark.parametrize("block_size", [None, 64, 128, 256])
+@pytest.mark.parametrize("block_size", [None, 16, 32, 64, 128, 256])
 def test_block_sizes_kept(configure: Callable[..., Any], block_size: int | None) -> None:
     assert configure(block_size=block_size).cache_config.block_size == (block_size or 64)
 

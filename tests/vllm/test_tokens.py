@@ -68,7 +68,10 @@ def test_cases_cover_every_pair() -> None:
         assert seen == set(product(firsts, seconds)), (first, second)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+SMALL_PAGES = Case("v3-moe", 16, chunked=True, caching=True, drafts=True, compiled=False)
+
+
+@pytest.mark.parametrize("case", [*CASES, SMALL_PAGES], ids=str)
 def test_tokens_equal_transformers(
     case: Case,
     checkpoint: Callable[[Architecture], Path],
@@ -96,7 +99,7 @@ def test_tokens_equal_transformers(
     assert run.tokens == [alone.tokens, sharing.tokens]
 
     assert run.backend == OURS
-    assert "serves MLA decode: CPU reference path, 64-token pages" in run.log
+    assert f"serves MLA decode: CPU reference path, {min(case.block_size, 64)}-token pages" in run.log
     assert run.config == {
         "block_size": case.block_size,
         "prefix_caching": case.caching,

@@ -23,7 +23,7 @@ typedef enum flashmla_fault_kind {
 typedef struct flashmla_fault {
   int32_t kind;
   int32_t request;
-  int32_t column;    // of the table, for a PAGE
+  int32_t column;    // of the table, for a PAGE; tokens of a page, 64 at most, for a PLAN
   int32_t value;     // the table entry, or the length
   int32_t accepted;  // pages of the cache, most tokens of a request, or tokens when it was planned
 } flashmla_fault;

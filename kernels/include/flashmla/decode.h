@@ -28,7 +28,7 @@ typedef struct flashmla_query {
 typedef struct flashmla_decode_params {
   int dtype;  // a flashmla_dtype; any number may come in, which an enum could not hold
   int batch, s_q, h_q, h_kv;  // h_kv up to 65535 divides h_q; batch * s_q * h_q fits an int
-  int page_size;              // a multiple of 64
+  int page_size;              // 16, 32 or a multiple of 64
   int num_pages;
   int num_parts;        // 1 .. 65535
   int causal;           // bottom-right mask: query i sees tokens up to len - s_q + i
