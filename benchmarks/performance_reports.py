@@ -1,0 +1,83 @@
+"""The reports that docs/performance.md is made from: the newest of each kind under benchmarks/results.
+
+Of every kernel report that the document was ever made from, kernels-history-h100.json keeps our time and the best
+rival's, so that what later kernels bought can be told after their reports have taken their place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashmla_backend.bench.contenders import OURS
+
+RESULTS = Path(__file__).parent / "results"
+HISTORY = "kernels-history-h100.json"
+HISTORY_HEAD = ("device", "torch", "date", "commit", "command", "read_reduce_GBs", "mm8192_TFLOPs")
+HISTORY_ROW = ("h", "s", "b", "len", "kind", "sum", "ideal_us", "best_rival_us")
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+class Reports(NamedTuple):
+    """`kernels` is that of the H100; `history` holds it too, last."""
+
+    kernels: Report
+    kernels_path: Path
+    other_devices: list[Report]
+    history: list[Report]
+    steps: Report
+    host_time: Report
+    bounds_cost: Report
+
+    def digest(self) -> str:
+        """Of the kernel report; the plots carry it, so that it shows which report they are of."""
+        return hashlib.sha256(self.kernels_path.read_bytes()).hexdigest()[:16]
+
+
+def load(results: Path = RESULTS) -> Reports:
+    """Read the newest of each kind. Raises FileNotFoundError naming the kind that is not there."""
+    kernels_path, kernels = newest(results, "kernels-h100")
+    kept = json.loads((results / HISTORY).read_text()) if (results / HISTORY).exists() else []
+    history = [report for report in kept if report["date"] < kernels["date"]] + [abridged(kernels)]
+    return Reports(
+        kernels=kernels,
+        kernels_path=kernels_path,
+        other_devices=[newest(results, kind)[1] for kind in ("kernels-h200",) if found(results, kind)],
+        history=history,
+        steps=newest(results, "steps-v3-attention-h100")[1],
+        host_time=newest(results, "host-time-h100")[1],
+        bounds_cost=newest(results, "bounds-cost-h100")[1],
+    )
+
+
+def found(results: Path, kind: str) -> list[Path]:
+    """Files named by that kind and a date."""
+    return [path for path in results.glob("*.json") if re.fullmatch(rf"{kind}-\d{{4}}-\d\d-\d\d\w*", path.stem)]
+
+
+def newest(results: Path, kind: str) -> tuple[Path, Report]:
+    """By the date inside, not by name."""
+    reports = [(path, json.loads(path.read_text())) for path in found(results, kind)]
+    if not reports:
+        raise FileNotFoundError(f"{results} holds no {kind}-DATE.json, which the document needs")
+    return max(reports, key=lambda one: one[1]["date"])
+
+
+def abridged(report: Report) -> Report:
+    """What the history keeps of a kernel report; its rows read as the report's do."""
+    rows = [
+        {**{key: row[key] for key in HISTORY_ROW}, OURS: {"us": row[OURS]["us"]}}
+        for row in report["rows"]
+        if OURS in row and "best_rival_us" in row
+    ]
+    return {**{key: report[key] for key in HISTORY_HEAD}, "rows": rows}
+
+
+def write_history(history: list[Report], results: Path = RESULTS) -> None:
+    """One report a line."""
+    (results / HISTORY).write_text("[\n" + ",\n".join(json.dumps(report) for report in history) + "\n]\n")

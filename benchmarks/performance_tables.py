@@ -1,0 +1,300 @@
+"""The tables of docs/performance.md; each is a function of the reports, and SECTIONS names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import geometric_mean, median
+from typing import Any
+
+import performance_schedule as schedule
+from performance_measures import (
+    best_rival,
+    compared,
+    excess,
+    long_rows,
+    matmul_share,
+    ours,
+    ragged_ratios,
+    speed_up,
+)
+from performance_reports import Report, Reports, Row
+
+from flashmla_backend.bench import report as kernels_report
+from flashmla_backend.bench.contenders import INVARIANT, OURS
+from flashmla_backend.bench.report import SLOWER
+from flashmla_backend.bench.steps import report as steps_report
+
+RAGGED_GOAL = 1.06  # times an even batch of as many tokens
+ROWS_LENGTH = 8192
+WORST = 12
+MISSING = "not in this report"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def tokens(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)
+
+
+def name(row: Row) -> str:
+    return f"{row['h']} heads, s_q {row['s']}, b={row['b']}, {tokens(row['len'])} {row['kind']}"
+
+
+def run(reports: Reports) -> str:
+    head = ["device", "commit", "date", "shapes", "reads, GB/s", "multiplies bf16, TFLOP/s", "best rival / ours"]
+    lines = []
+    for report in [reports.kernels, *reports.other_devices]:
+        rows = compared(report)
+        lines.append(
+            [
+                report["device"],
+                report["commit"],
+                report["date"][:10],
+                str(len(rows)),
+                f"{report['read_reduce_GBs']:.0f}",
+                f"{report['mm8192_TFLOPs']:.0f}",
+                f"{geometric_mean(map(speed_up, rows)):.3f}",
+            ]
+        )
+    return markdown(head, lines)
+
+
+def overview(reports: Reports) -> str:
+    rows = compared(reports.kernels)
+    groups = {"all": rows}
+    for key, words in {"h": "{} heads", "s": "s_q {}", "b": "b={}", "len": "{} tokens", "kind": "{} lengths"}.items():
+        for value in sorted({row[key] for row in rows}):
+            shown = words.format(tokens(value) if key == "len" else value)
+            groups[shown] = [row for row in rows if row[key] == value]
+    lines = []
+    for shown, some in groups.items():
+        summary = kernels_report.summarise(some)[OURS]
+        lines.append(
+            [
+                shown,
+                str(summary["n"]),
+                f"{summary['geomean']:.3f}",
+                f"{summary['min']:.3f}",
+                str(summary["losing"]),
+                f"{median(map(excess, some)):.2f}",
+            ]
+        )
+    return markdown(["shapes", "number", "geometric mean", "least", "lost", "median (t - 4 us) / ideal"], lines)
+
+
+def distance(reports: Reports) -> str:
+    rows = compared(reports.kernels)
+    lengths = sorted({row["len"] for row in rows})
+    lines = []
+    for batch in sorted({row["b"] for row in rows}):
+        line = [f"b={batch}"]
+        for length in lengths:
+            some = [row for row in rows if row["b"] == batch and row["len"] == length]
+            medians = [median(excess(row, time) for row in some) for time in (ours, best_rival) if some]
+            line.append("{:.2f} ({:.2f})".format(*medians) if some else "-")
+        lines.append(line)
+    return markdown(["", *map(tokens, lengths)], lines)
+
+
+def time_targets(report: Report) -> list[list[str]]:
+    limits = {(16, 1, 4096): 9, (128, 1, 4096): 12, (16, 8, 1024): 9, (128, 8, 1024): 13, (128, 32, 1024): 26}
+    lines = []
+    for (heads, batch, length), limit in limits.items():
+        wanted = {"h": heads, "s": 1, "b": batch, "len": length, "kind": "fixed"}
+        row = next((r for r in compared(report) if all(r[key] == value for key, value in wanted.items())), None)
+        what = f"b={batch}, {tokens(length)}, {heads} heads"
+        if row is None:
+            lines.append([what, f"<= {limit} us", MISSING, "", ""])
+        else:
+            measured = f"{ours(row):.1f} us", f"{best_rival(row):.1f} us"
+            lines.append([what, f"<= {limit} us", *measured, met(ours(row) <= limit)])
+    return lines
+
+
+def met(reached: bool) -> str:
+    return "met" if reached else "not met"
+
+
+def matmul_targets(report: Report) -> list[list[str]]:
+    lines = []
+    for s_q, wanted in {1: 0.90, 2: 0.92}.items():
+        some = [r for r in long_rows(compared(report)) if r["s"] == s_q]
+        what = f"share of the matmul rate, least of b=128, 8K and more, 128 heads, s_q {s_q}"
+        if not some:
+            lines.append([what, f">= {wanted:.0%}", MISSING, "", ""])
+            continue
+        least, theirs = (min(matmul_share(r, report, time) for r in some) for time in (ours, best_rival))
+        lines.append([what, f">= {wanted:.0%}", f"{least:.1%}", f"{theirs:.1%}", met(least >= wanted)])
+    return lines
+
+
+def ragged_target(rows: Sequence[Row]) -> list[str]:
+    what, wanted = "ragged against even at the same total tokens, median", f"<= {RAGGED_GOAL}"
+    mine, theirs = ([ratio for _, ratio in ragged_ratios(rows, time)] for time in (ours, best_rival))
+    if not mine:
+        return [what, wanted, MISSING, "", ""]
+    within = sum(ratio <= RAGGED_GOAL for ratio in mine)
+    return [what, wanted, f"{median(mine):.3f}", f"{median(theirs):.3f}", f"met by {within} of {len(mine)}"]
+
+
+def targets(reports: Reports) -> str:
+    report, rows = reports.kernels, compared(reports.kernels)
+    lines = time_targets(report)
+    lines.append(ragged_target(rows))
+    lines += matmul_targets(report)
+    summary = kernels_report.summarise(rows)[OURS]
+    mean, least, lost = summary["geomean"], summary["min"], summary["losing"]
+    lines.append(["best rival / ours, geometric mean", ">= 1.35", f"{mean:.3f}", "", met(mean >= 1.35)])
+    shown = f"{least:.3f}, {lost} of {len(rows)} below"
+    lines.append(["best rival / ours, least", f">= {SLOWER}", shown, "", met(lost == 0)])
+    distances = median(map(excess, rows)), median(excess(row, best_rival) for row in rows)
+    medians = [f"{value:.3f}" for value in distances]
+    lines.append(["(t - 4 us) / ideal, median", "<= 1.10", *medians, met(distances[0] <= 1.10)])
+    return markdown(["target", "wanted", "ours", "best rival", ""], lines)
+
+
+def matmul(reports: Reports) -> str:
+    report = reports.kernels
+    some = {(row["s"], row["len"]): row for row in long_rows(compared(report))}
+    lengths = sorted({length for _, length in some})
+    lines = []
+    for s_q in sorted({s_q for s_q, _ in some}):
+        found = [some.get((s_q, length)) for length in lengths]
+        shares = [[f"{matmul_share(r, report, time):.1%}" for time in (ours, best_rival)] if r else [] for r in found]
+        lines.append([f"s_q {s_q}, {128 * s_q} rows", *(" / ".join(pair) or "-" for pair in shares)])
+    return markdown(["ours / best rival", *map(tokens, lengths)], lines)
+
+
+def ragged(reports: Reports) -> str:
+    rows = compared(reports.kernels)
+    mine, theirs = ragged_ratios(rows, ours), ragged_ratios(rows, best_rival)
+    lines = []
+    for batch in sorted({row["b"] for row, _ in mine}):
+        own, other = ([ratio for row, ratio in found if row["b"] == batch] for found in (mine, theirs))
+        within = f"{sum(ratio <= RAGGED_GOAL for ratio in own)} of {len(own)}"
+        lines.append([f"b={batch}", f"{median(own):.3f}", f"{max(own):.2f}", within, f"{median(other):.3f}"])
+    return markdown(["", "median", "most", f"within {RAGGED_GOAL}", "best rival's median"], lines)
+
+
+def worst(reports: Reports) -> str:
+    rows = sorted(compared(reports.kernels), key=speed_up)[:WORST]
+    rivals = [n for n in kernels_report.contenders_of(reports.kernels["rows"]) if n not in (OURS, INVARIANT)]
+    lines = []
+    for row in rows:
+        rival = min((n for n in rivals if n in row), key=lambda n: float(row[n]["us"]))
+        numbers = [f"{value:.1f}" for value in (row["ideal_us"], ours(row), best_rival(row))]
+        cut = str(schedule.pieces(row, reports.kernels))
+        lines.append([name(row), *numbers, rival, f"{speed_up(row):.4f}", cut])
+    return markdown(["shape", "ideal, us", "ours, us", "best rival, us", "who", "best rival / ours", "pieces"], lines)
+
+
+CLASSES: dict[str, Callable[[Row], bool]] = {
+    "all": lambda row: True,
+    "b=1": lambda row: row["b"] == 1,
+    "ragged": lambda row: row["kind"] == "var",
+    "fixed, b >= 8, up to 64 rows": lambda row: row["kind"] == "fixed" and row["b"] > 1 and row["h"] * row["s"] <= 64,
+    "fixed, b >= 8, 128 rows": lambda row: row["kind"] == "fixed" and row["b"] > 1 and row["h"] * row["s"] == 128,
+    "fixed, b >= 8, 256 rows and more": lambda row: (
+        row["kind"] == "fixed" and row["b"] > 1 and row["h"] * row["s"] >= 256
+    ),
+}
+
+
+def history(reports: Reports) -> str:
+    """Each report in the history: rates of its run, and by class the geometric mean of best rival / ours."""
+    lines = []
+    for report in reports.history:
+        rows = compared(report)
+        ratios = [[speed_up(row) for row in rows if belongs(row)] for belongs in CLASSES.values()]
+        lines.append(
+            [
+                f"{report['commit']}, {report['date'][:16].replace('T', ' ')}",
+                f"{report['mm8192_TFLOPs']:.0f}",
+                *(f"{geometric_mean(some):.3f}" if some else "-" for some in ratios),
+                str(sum(ratio < SLOWER for ratio in ratios[0])),
+                f"{median(map(excess, rows)):.2f}",
+            ]
+        )
+    head = ["commit", "matmul, TFLOP/s", *CLASSES, "lost", "median (t - 4 us) / ideal"]
+    return markdown(head, lines)
+
+
+def cost_model(reports: Reports) -> str:
+    shown = {"page": "a page", "item": "an item", "empty_item": "an empty item", "memory": "a page read by all"}
+    shown |= {"reduction": "a reduction", "partial_row": "a partial row"}
+    costs = schedule.costs()
+    return markdown([shown.get(key, key) for key in costs], [[f"{value} ns" for value in costs.values()]])
+
+
+def schedule_drawn(reports: Reports) -> str:
+    return f"```text\n{schedule.drawing()}\n```"
+
+
+def rows(reports: Reports) -> str:
+    """Even batches of 8K by rows: the same bytes, more and more arithmetic."""
+    report = reports.kernels
+    shapes = [(heads, 1) for heads in (16, 32, 64, 128)] + [(128, 2), (128, 4)]
+    some = {
+        (row["b"], row["h"], row["s"]): row
+        for row in compared(report)
+        if row["kind"] == "fixed" and row["len"] == ROWS_LENGTH
+    }
+    lines = []
+    for batch in sorted({batch for batch, _, _ in some}):
+        found = [some.get((batch, *shape)) for shape in shapes]
+        cells = [f"{ours(r):.1f} / {best_rival(r):.1f}, {schedule.pieces(r, report)}" if r else "-" for r in found]
+        lines.append([f"b={batch}", *cells])
+    return markdown(["", *(f"{heads * s_q} rows" for heads, s_q in shapes)], lines)
+
+
+def invariance(report: Report) -> str:
+    single = {row["b"] == 1 for row in report["rows"] if INVARIANT in row}
+    return kernels_report.invariance_line(report) if len(single) == 2 else f"batch-invariant / free: {MISSING}"
+
+
+def extras(reports: Reports) -> str:
+    bounds, host = reports.bounds_cost, reports.host_time
+    dearest = max(step["ratio"] for step in bounds["steps"])
+    lines = [
+        f"- Time of a call, {invariance(reports.kernels)}.",
+        f"- Bounds checks, whole steps of {bounds['layers']} layers, on / off: geometric mean "
+        f"{bounds['geometric_mean']:.3f}, most {dearest:.3f}.",
+        f"- The host's microseconds a call, b={host['batch']}, outside graphs:",
+    ]
+    table = markdown(list(host["host_us"]), [[f"{value:.1f}" for value in host["host_us"].values()]])
+    return "\n".join([*lines, "", table])
+
+
+def steps(reports: Reports) -> str:
+    """Those of the model in which attention is much of the step; README has all."""
+    lines = []
+    for row in reports.steps["rows"]:
+        times: dict[str, Any] = {key: value for key, value in row.items() if isinstance(value, dict)}
+        own = times.pop(OURS)
+        least = min(times, key=lambda key: float(times[key]["ms"]))
+        cells = [row["point"], f"{own['ms']:.2f}", f"{own['attention_ms'] / own['ms']:.0%}"]
+        lines.append([*cells, f"{times[least]['ms']:.2f}, {least}", f"{steps_report.speed_up(row):.3f}"])
+    model = f"{reports.steps['rows'][0]['model']}, {reports.steps['vllm']}"
+    return markdown([model, "ours, ms", "of which attention", "best of vLLM's own, ms", "speed-up"], lines)
+
+
+SECTIONS: dict[str, Callable[[Reports], str]] = {
+    function.__name__: function
+    for function in (
+        run,
+        overview,
+        rows,
+        schedule_drawn,
+        targets,
+        distance,
+        matmul,
+        ragged,
+        worst,
+        history,
+        cost_model,
+        extras,
+        steps,
+    )
+}
