@@ -1,14 +1,14 @@
 """What of SGLang's kit needs a GPU, as a script: `python tests/sglang/kit_on_gpu.py [--out kit.json]`.
 
 Decode with queries and rows in two parts, verification of chains and draft extension with the metadata of CUDA graphs,
-and SGLang's two draft runners with real graphs; prompts and decode are tests/sglang/test_kit.py's. The record is
-written after every case. Exit code 1 if a case fails or skips, or is left out because --seconds are over.
+and SGLang's two draft runners with real graphs, the one of drafts as draft_logits.py says; prompts and decode are
+tests/sglang/test_kit.py's. The record is written after every case. Exit code 1 if a case fails or skips, or is left out
+because --seconds are over.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 import torch
+from draft_logits import run_draft_runner_case
 from parts import check_parts
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins import load_plugins
@@ -29,18 +29,15 @@ from sglang.test.kits.attention_unittest.attention_methods.mla_attention import 
 )
 from sglang.test.kits.attention_unittest.runner_modes import (
     speculative_draft_extend_runner,
-    speculative_draft_runner,
     speculative_target_verify_runner,
 )
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.provenance import provenance, write
-from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.sglang import plugin
 from flashmla_backend.sglang_engine import distribution
 
 DRAFTS = 4
-ROWS = 8  # no batch of the kit is larger, padding for a graph included
 
 
 class NothingMaySkip(unittest.TestCase):
@@ -56,8 +53,7 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         "dtype": torch.bfloat16,
         "device": device,
     }
-    verify, draft = speculative_target_verify_runner, speculative_draft_runner
-    extend = speculative_draft_extend_runner
+    verify, extend = speculative_target_verify_runner, speculative_draft_extend_runner
     for heads in (16, 128):
         for page_size in (16, 64, 128):
 
@@ -76,33 +72,11 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 "verify, graph": (verify.run_mla_eagle_verify_cuda_graph_case, short_chains, {"topk": 1}),
                 "draft extend, graph": (extend.run_mla_draft_extend_v2_cuda_graph_case, accepted, {}),
                 "draft extend runner": (extend.run_mla_eagle_draft_extend_v2_cuda_graph_runner_case, accepted, {}),
-                "draft runner": (draft.run_mla_eagle_draft_cuda_graph_runner_case, steps, {}),
+                "draft runner": (run_draft_runner_case, steps, {}),
             }
             for name, (function, made, more) in run.items():
                 attempted = partial(function, NothingMaySkip(), made, **more, **shape)
-                # Tokens are compared, of a graph's padded batch and of the batch alone: a rounding can decide.
-                attempted = partial(alike_in_any_batch, attempted) if name == "draft runner" else attempted
                 yield f"{name}, {heads} heads, pages of {page_size}", attempted
-
-
-def alike_in_any_batch(run: Callable[[], None]) -> None:
-    """Runs with attention in batch-invariant mode and the kit's own products always of as many rows."""
-    with (
-        patch.dict(os.environ, {BATCH_INVARIANT_VARIABLE: "1"}),
-        patch("torch.nn.functional.linear", of_equal_rows(torch.nn.functional.linear)),
-        patch("torch.bmm", of_equal_rows(torch.bmm)),
-    ):
-        run()
-
-
-def of_equal_rows(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`product` of x [.., rows, columns] with zero rows added, so that batches of all sizes meet one matmul kernel."""
-
-    def padded(x: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
-        rows = x.shape[-2]
-        return product(torch.nn.functional.pad(x, (0, 0, 0, -rows % ROWS)), *others)[..., :rows, :]
-
-    return padded
 
 
 def decode_in_parts(test: NothingMaySkip, case: MLAAttentionCase, **shape: Any) -> None:
