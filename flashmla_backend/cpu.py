@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from flashmla_backend.errors import InvalidArgument
-from flashmla_backend.leaves import leaves_of, merge_pairwise
+from flashmla_backend.leaves import leaf_count, leaves_of, merge_tree
 from flashmla_backend.paging import D_V, PagedKV, check_page_ids, present_as_tiles
 from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
@@ -48,11 +48,12 @@ def decode(
         spans = [(page_begin, page_end)]
         if max_leaves:
             spans = leaves_of(pages_of(length), page_begin, page_end, max_leaves)
-        o, logsum = merge_pairwise(
+        o, logsum = merge_tree(
             [
                 attend(q_rows[request], paged, request, pages, length, softmax_scale, s_q if causal else 0)
                 for pages in spans
-            ]
+            ],
+            leaves=True,
         )
         if split < 0:
             out[request], lse[request] = o, logsum
@@ -61,9 +62,11 @@ def decode(
     for request, (first, last) in enumerate(pairwise(offsets)):
         if last > first:
             partials = partial_out[first:last], partial_lse[first:last]
-            out[request], lse[request] = (
-                merge_pairwise(list(zip(*partials, strict=True))) if max_leaves else combine(*partials)
-            )
+            if max_leaves:
+                leaves = last - first == leaf_count(pages_of(lengths[request]), max_leaves)
+                out[request], lse[request] = merge_tree(list(zip(*partials, strict=True)), leaves)
+            else:
+                out[request], lse[request] = combine(*partials)
     return (
         ungroup(out, s_q).to(q.dtype),
         ungroup(lse[..., None], s_q).squeeze(-1),

@@ -1,18 +1,23 @@
 """Batch-invariant mode: arithmetic that knows a request's length and the shapes of the call, and nothing else.
 
-A request's pages are cut into *leaves*, each attended to on its own, and the results are merged pairwise, as a binary
-tree. Work items are subtrees, so that wherever a schedule cuts, every sum is made of the same parts in the same order.
+A request's pages are cut into *leaves*, each attended to on its own. Four leaves in a row are a *group*, merged from
+left to right; groups are merged pairwise, as a binary tree. Work items are leaves, groups or larger subtrees, so that
+wherever a schedule cuts, every sum is made of the same parts in the same order.
 
-More leaves let more thread blocks share a request; every one costs a store and a load of its rows.
+More leaves let more thread blocks share a request; every one costs a store and a load of its rows. Groups have most of
+these meet the same room in memory, so that L2 holds it.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 
 import torch
 
 MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
+MIN_SHARED_LEAF_PAGES = 6  # the same where row tiles share pages: they wait for merging, not for memory
+GROUP_LEAVES = 4
 MAX_LEAVES = 128  # of all row tiles together: about one for each SM
 ROWS_PER_WARP = 16
 SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a subtree's result take, LSEs and all
@@ -24,8 +29,15 @@ def max_leaves(row_tiles: int) -> int:
 
 
 def leaf_count(pages: int, most: int) -> int:
-    """Leaves of a request: a power of two, none smaller than MIN_LEAF_PAGES unless it is alone."""
-    return min(most, 1 << (max(1, pages // MIN_LEAF_PAGES).bit_length() - 1))
+    """Leaves of a request: a power of two, about the root of its pages, twice that for a single row tile.
+
+    None is smaller than MIN_LEAF_PAGES or MIN_SHARED_LEAF_PAGES unless it is alone.
+    """
+    one_tile = most == MAX_LEAVES
+    smallest = MIN_LEAF_PAGES if one_tile else MIN_SHARED_LEAF_PAGES
+    log_most = max(1, pages // smallest).bit_length() - 1
+    log_root = (max(0, pages - 1).bit_length() + 1) // 2 + one_tile
+    return min(most, 1 << min(log_most, log_root))
 
 
 def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -43,9 +55,10 @@ def subtree_floats(rows: int, blocks: int, most: int) -> int:
         blocks: thread blocks, `row_tiles` times parts.
         most: `max_leaves(row_tiles)`.
     """
-    heights = most.bit_length() - 1
+    heights, heights_of_group = most.bit_length() - 1, GROUP_LEAVES.bit_length() - 1
+    rooms = min(heights, 1) + max(heights - heights_of_group, 0)
     warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
-    return blocks * heights * warps * SUBTREE_FLOATS
+    return blocks * rooms * warps * SUBTREE_FLOATS
 
 
 def merge(
@@ -62,8 +75,10 @@ def merge(
     return merged, most + torch.log(total)
 
 
-def merge_pairwise(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The root of the tree over a power of two of results."""
+def merge_tree(results: list[tuple[torch.Tensor, torch.Tensor]], leaves: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The root of the tree over a power of two of results: of `leaves`, or of whole groups and more."""
+    if leaves:
+        results = [reduce(merge, results[i : i + GROUP_LEAVES]) for i in range(0, len(results), GROUP_LEAVES)]
     while len(results) > 1:
         results = [merge(*pair) for pair in zip(results[::2], results[1::2], strict=True)]
     return results[0]

@@ -14,8 +14,8 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
    tried; the cost model picks the cheapest (busiest part, or reading all pages if that takes longer, + reduction),
    the first of these on a tie.
 
-In batch-invariant mode pieces are subtrees of leaves (see `leaves`): a request is cut into a power of two of them, none
-smaller than a leaf, and there is no level.
+In batch-invariant mode pieces are subtrees (see `leaves`): a request is cut into a power of two of runs of whole groups,
+or into all its leaves, and there is no level.
 
 Short requests are never cut: a second piece costs a prologue and a reduction, more than it saves.
 
@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flashmla_backend.leaves import leaf_count, max_leaves
+from flashmla_backend.leaves import GROUP_LEAVES, leaf_count, max_leaves
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
@@ -187,10 +187,11 @@ def piece_count(pages: int, cap: int, most: int | None = None) -> int:
     if pages < 2 * MIN_SPLIT_PAGES:
         return 1
     count = -(-pages // cap)
-    if most is None:
+    if most is None or count == 1:
         return count
     power_of_two = 1 << (count - 1).bit_length()
-    return min(power_of_two, leaf_count(pages, most))
+    leaves = leaf_count(pages, most)
+    return power_of_two if power_of_two <= leaves // GROUP_LEAVES else leaves
 
 
 def cut(pages: Sequence[int], cap: int, most: int | None = None) -> list[Piece]:

@@ -1,6 +1,7 @@
 // Batch-invariant mode: merges the subtrees of requests that were cut, as the decode kernel does.
 #pragma once
 
+#include "sm90/bounds.cuh"
 #include "sm90/combine.cuh"
 #include "sm90/tree.cuh"
 
@@ -19,9 +20,10 @@ struct Node {
   }
 };
 
-// The tree over `count` subtrees of a row, a power of two, that lie `stride` rows apart.
+// The tree over `count` subtrees of a row, a power of two, that lie `stride` rows apart: leaves, or
+// groups of them and more.
 __device__ __forceinline__ Node merge_tree(const float4* partial_out, const float* partial_lse,
-                                           int64_t stride, int count) {
+                                           int64_t stride, int count, bool leaves) {
   constexpr int kBatch = kVectorsInFlight;
   constexpr int kBatches = FLASHMLA_MAX_LEAVES / kBatch;
   Node waiting[4] = {};  // for a sibling of 1, 2, 4 batches
@@ -38,8 +40,15 @@ __device__ __forceinline__ Node merge_tree(const float4* partial_out, const floa
       partial_lse += stride;
       partial_out += stride * (kLatent / 4);
     }
+    if (leaves) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (i % kGroupLeaves > 0 && i < count) node[i - i % kGroupLeaves].join_with(node[i]);
+      }
+    }
 #pragma unroll
     for (int step = 1; step < kBatch; step *= 2) {
+      if (leaves && step < kGroupLeaves) continue;
       if (step >= count) break;
 #pragma unroll
       for (int i = 0; i < kBatch; i += 2 * step) node[i].join_with(node[i + step]);
@@ -98,13 +107,16 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
       if (cut < a.batch) request = requests.find(request);
       const int first = __ldg(a.split_offsets + request),
                 count = __ldg(a.split_offsets + request + 1) - first;
-      members = min(group, count);
+      // Its pieces are leaves, or whole groups of them.
+      const int length = request_length(a, request);
+      const bool leaves = count == leaf_count(tiles_of(length), a.max_leaves);
+      members = min(group, leaves ? max(1, count / kGroupLeaves) : count);
       if (member < members) {
         const int own = count / members;
         const int64_t source = static_cast<int64_t>(first + member * own) * rows + row;
         node = merge_tree(
             reinterpret_cast<const float4*>(a.partial_out + source * kLatent) + 32 * chunk + lane,
-            a.partial_lse + source, rows, own);
+            a.partial_lse + source, rows, own, leaves);
       }
     }
     if (group > 1) {

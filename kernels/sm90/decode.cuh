@@ -160,6 +160,10 @@ struct Span {
   }
 };
 
+// Vectors of a sibling that P V leaves registers for.
+using LeftSubtrees = Subtrees<0>;
+using RightSubtrees = Subtrees<4>;
+
 template <typename Element, bool kInvariant>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
@@ -202,6 +206,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     ptx::pin_registers(scores);
     for (int page = item.page_begin; page < item.page_end; ++page) {
       const int stage = ring.stage;
+      if (kInvariant) lse[0] = lse[1] = 0.0f;  // or they would be carried from page to page
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       // The right side takes up the previous page now that S no longer needs the tensor cores.
       if (!span.fresh) ptx::mbarrier_arrive(&shared.p_full[stage ^ 1]);
@@ -267,8 +272,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
       if (kInvariant && span_ends) {
         const float inverse_sum[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
-        const Subtrees subtrees(a, row_begin, 0);
-        subtrees.add(span.number, o, inverse_sum, lse);
+        const LeftSubtrees subtrees(a, row_begin, 0);
+        LeftSubtrees::Window sibling;
+        subtrees.add(span.number, o, inverse_sum, lse, sibling);
         if (!final) {
           subtrees.keep(span.number, o, lse);
           span.advance(a, item, length);
@@ -351,6 +357,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
           lse[1] = shared.lse[p_ring.stage][accumulator_row(1)];
         }
       }
+      RightSubtrees::Window sibling;
+      if (kInvariant && span_ends) RightSubtrees(a, row_begin, 1).start(span.number, sibling);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       __syncwarp();  // all lanes have read their factors
@@ -361,8 +369,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ring.advance();
       p_ring.advance();
       if (kInvariant && span_ends) {
-        const Subtrees subtrees(a, row_begin, 1);
-        subtrees.add(span.number, o, inverse_sum, lse);
+        const RightSubtrees subtrees(a, row_begin, 1);
+        subtrees.add(span.number, o, inverse_sum, lse, sibling);
         if (!final) {
           subtrees.keep(span.number, o, lse);
           span.advance(a, item, length);

@@ -99,9 +99,9 @@ __device__ __forceinline__ int piece_count(int pages, int cap, int max_leaves) {
   if (pages < 2 * kMinSplitPages) return 1;
   const int count = (pages + cap - 1) / cap;
   if (max_leaves == 0 || count == 1) return count;
-  // Subtrees: near-equal pieces of a power of two are whole leaves.
+  // Subtrees: near-equal pieces of a power of two are whole leaves, and groups unless they are all.
   const int power = 1 << (32 - __clz(count - 1)), leaves = leaf_count(pages, max_leaves);
-  return power < leaves ? power : leaves;
+  return power <= leaves / kGroupLeaves ? power : leaves;
 }
 
 // One per thread; every method is called by the whole block.

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 import flashmla_backend
 from flashmla_backend import InvalidArgument, Unsupported, api, reference, workspace
-from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, leaf_count, leaves_of, max_leaves, subtree_floats
+from flashmla_backend.leaves import (
+    GROUP_LEAVES,
+    MAX_LEAVES,
+    MIN_LEAF_PAGES,
+    MIN_SHARED_LEAF_PAGES,
+    leaf_count,
+    leaves_of,
+    max_leaves,
+    subtree_floats,
+)
 from flashmla_backend.schedule import make_schedule, max_items, max_splits, num_parts, pages_of
 from tests import conftest
 from tests.conftest import SCALE, Problem, check_close, make_problem
@@ -94,21 +103,25 @@ def test_schedules_cut_into_subtrees(seq_lens: list[int], row_tiles: int, num_sm
         held = [leaves_of(pages, i.page_begin, i.page_end, most) for i in own]
         assert [leaf for some in held for leaf in some] == leaves_of(pages, 0, pages, most)
         assert len({len(some) for some in held}) == 1 and len(own).bit_count() == 1
+        assert len(own) == 1 or len(held[0]) == 1 or len(held[0]) % GROUP_LEAVES == 0
 
 
-@pytest.mark.parametrize("most", [1, 2, 16, 128])
+@pytest.mark.parametrize("most", [1, 2, 16, 64, 128])
 def test_leaves_are_near_equal_and_not_small(most: int) -> None:
     for pages in [*range(300), 10_000, 2**25]:
         leaves = leaves_of(pages, 0, pages, most)
         sizes = [end - begin for begin, end in leaves]
         assert sum(sizes) == pages and len(leaves) == leaf_count(pages, most) <= most
         assert max(sizes) - min(sizes) <= 1
-        assert len(leaves) == 1 or min(sizes) >= MIN_LEAF_PAGES
-        assert len(leaves) == most or max(sizes) <= 2 * MIN_LEAF_PAGES
+        smallest, root = (MIN_LEAF_PAGES, 2) if most == MAX_LEAVES else (MIN_SHARED_LEAF_PAGES, 1)
+        assert len(leaves) == 1 or min(sizes) >= smallest
+        assert len(leaves) == most or max(sizes) <= 2 * smallest or root**2 * pages <= len(leaves) ** 2
 
 
 def test_a_long_request_alone_is_shared_by_all_parts() -> None:
-    loads = make_schedule([128 * 64 * 8], row_tiles=1, num_sms=132, batch_invariant=True).loads()
+    loads = make_schedule([128 * 64 * 16], row_tiles=1, num_sms=132, batch_invariant=True).loads()
+    assert sum(load > 0 for load in loads) == MAX_LEAVES // 2
+    loads = make_schedule([128 * 64 * 16 + 1], row_tiles=1, num_sms=132, batch_invariant=True).loads()
     assert sum(load > 0 for load in loads) == MAX_LEAVES
 
 

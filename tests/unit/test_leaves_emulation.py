@@ -23,7 +23,7 @@ def test_the_kernel_walks_over_the_leaves_of_the_specification(tmp_path: Path) -
     subprocess.run(["g++", *flags, *includes, source, "-o", str(program)], check=True)
     numbers = random.Random(0)
     many = [*range(1, 400), 2**25 - 1, 2**25, *(numbers.randint(1, 2**25) for _ in range(300))]
-    cases = [(pages, most) for pages in many for most in (1, 2, 16, 128)]
+    cases = [(pages, most) for pages in many for most in (1, 2, 16, 64, 128)]
     text = "\n".join(f"{pages} {most}" for pages, most in cases)
     lines = subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
     for (pages, most), line in zip(cases, lines, strict=True):
