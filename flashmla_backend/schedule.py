@@ -14,8 +14,8 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
    tried; the cost model picks the cheapest (busiest part, or reading all pages if that takes longer, + reduction),
    the first of these on a tie.
 
-In batch-invariant mode pieces are subtrees (see `leaves`): a request is cut into a power of two of runs of whole groups,
-or into all its leaves, and there is no level.
+In batch-invariant mode pieces are subtrees (see `leaves`): a request is cut into a power of two of runs of whole
+groups, or into all its leaves, and there is no level.
 
 Short requests are never cut: a second piece costs a prologue and a reduction, more than it saves.
 

@@ -119,10 +119,9 @@ def test_leaves_are_near_equal_and_not_small(most: int) -> None:
 
 
 def test_a_long_request_alone_is_shared_by_all_parts() -> None:
-    loads = make_schedule([128 * 64 * 16], row_tiles=1, num_sms=132, batch_invariant=True).loads()
-    assert sum(load > 0 for load in loads) == MAX_LEAVES // 2
-    loads = make_schedule([128 * 64 * 16 + 1], row_tiles=1, num_sms=132, batch_invariant=True).loads()
-    assert sum(load > 0 for load in loads) == MAX_LEAVES
+    for tokens, leaves in ((1024 * 64, MAX_LEAVES // 2), (1024 * 64 + 1, MAX_LEAVES)):
+        loads = make_schedule([tokens], row_tiles=1, num_sms=132, batch_invariant=True).loads()
+        assert sum(load > 0 for load in loads) == leaves
 
 
 def test_the_mode_must_be_that_of_the_reused_plan() -> None:
