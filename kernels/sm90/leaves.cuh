@@ -33,11 +33,16 @@ __device__ __forceinline__ int subtree_rooms(int max_leaves) {
   return heights > kLogGroupLeaves ? heights - kLogGroupLeaves + 1 : heights > 0;
 }
 
-// Waiting subtrees that leaf `number` of an item is merged with: its group so far, and if it is the
-// group's last one, those that this completes.
+// Waiting subtrees, those of the first rooms, that leaf `number` of an item is merged with: its
+// group so far, and if it is the group's last one, those that this completes.
 __device__ __forceinline__ int siblings_of(int number) {
   const int place = number % kGroupLeaves;
   return place + 1 < kGroupLeaves ? place > 0 : __ffs(~(number >> kLogGroupLeaves));
+}
+
+// The room in which the subtree that leaf `number` completes waits.
+__device__ __forceinline__ int room_of(int number) {
+  return number % kGroupLeaves == kGroupLeaves - 1 ? siblings_of(number) : 0;
 }
 
 // Where the leaf that holds `page` ends, of a request of `pages` pages.

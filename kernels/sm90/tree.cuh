@@ -101,8 +101,7 @@ class Subtrees {
   // Keeps the subtree that leaf `number` completed, until its sibling is there.
   __device__ __forceinline__ void keep(int number, const float (&o)[128],
                                        const float (&lse)[2]) const {
-    const bool completes = number % kGroupLeaves == kGroupLeaves - 1;
-    float4* room = own_ + (completes ? siblings_of(number) : 0) * stride_;
+    float4* room = own_ + room_of(number) * stride_;
 #pragma unroll
     for (int i = 0; i < kVectors - 1; ++i)
       store(room + 32 * i, make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]));
