@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flashmla_backend.leaves import GROUP_LEAVES, leaf_count, max_leaves
+from flashmla_backend.leaves import group_count, leaf_count, max_leaves
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
@@ -190,8 +190,7 @@ def piece_count(pages: int, cap: int, most: int | None = None) -> int:
     if most is None or count == 1:
         return count
     power_of_two = 1 << (count - 1).bit_length()
-    leaves = leaf_count(pages, most)
-    return power_of_two if power_of_two <= leaves // GROUP_LEAVES else leaves
+    return power_of_two if power_of_two <= group_count(pages, most) else leaf_count(pages, most)
 
 
 def cut(pages: Sequence[int], cap: int, most: int | None = None) -> list[Piece]:

@@ -147,22 +147,23 @@ struct Span {
     start(a, item, length, end);
     ++number;
   }
+  __device__ __forceinline__ LeafPlace place(const DecodeArguments& a, const Item& item, int length,
+                                             bool final) const {
+    return {number, log_group_leaves(pages_of(item, length), a.max_leaves), final};
+  }
 
  private:
   __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length,
                                         int page) {
     fresh = true;
     end = item.page_end;
-    if (!kInvariant) return;
-    // A plan older than its lengths may ask for pages that the request no longer has.
-    const int pages = max((length + kTileTokens - 1) / kTileTokens, item.page_end);
-    end = min(end, leaf_end(pages, page, a.max_leaves));
+    if (kInvariant) end = min(end, leaf_end(pages_of(item, length), page, a.max_leaves));
+  }
+  // A plan older than its lengths may ask for pages that the request no longer has.
+  __device__ __forceinline__ static int pages_of(const Item& item, int length) {
+    return max((length + kTileTokens - 1) / kTileTokens, item.page_end);
   }
 };
-
-// Vectors of a sibling that P V leaves registers for.
-using LeftSubtrees = Subtrees<0>;
-using RightSubtrees = Subtrees<4>;
 
 template <typename Element, bool kInvariant>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
@@ -196,7 +197,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
-    float lse[2];
+    RowState rows[2] = {};  // of what O holds, in batch-invariant mode
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -206,7 +207,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     ptx::pin_registers(scores);
     for (int page = item.page_begin; page < item.page_end; ++page) {
       const int stage = ring.stage;
-      if (kInvariant) lse[0] = lse[1] = 0.0f;  // or they would be carried from page to page
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       // The right side takes up the previous page now that S no longer needs the tensor cores.
       if (!span.fresh) ptx::mbarrier_arrive(&shared.p_full[stage ^ 1]);
@@ -249,15 +249,11 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (span_ends) {
         softmax.finish();
         if (lane % 4 == 0) {
-          shared.inverse_sum[stage][accumulator_row(0)] = softmax.inverse_sum(0);
-          shared.inverse_sum[stage][accumulator_row(1)] = softmax.inverse_sum(1);
-        }
-        if (kInvariant) {
-          lse[0] = softmax.log_sum(0, a.scale_log2);
-          lse[1] = softmax.log_sum(1, a.scale_log2);
-          if (lane % 4 == 0) {
-            shared.lse[stage][accumulator_row(0)] = lse[0];
-            shared.lse[stage][accumulator_row(1)] = lse[1];
+          shared.sum[stage][accumulator_row(0)] = softmax.sum[0];
+          shared.sum[stage][accumulator_row(1)] = softmax.sum[1];
+          if (kInvariant) {
+            shared.anchor[stage][accumulator_row(0)] = softmax.anchor[0];
+            shared.anchor[stage][accumulator_row(1)] = softmax.anchor[1];
           }
         }
       }
@@ -270,36 +266,49 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
-      if (kInvariant && span_ends) {
-        const float inverse_sum[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
-        const LeftSubtrees subtrees(a, row_begin, 0);
-        LeftSubtrees::Window sibling;
-        subtrees.add(span.number, o, inverse_sum, lse, sibling);
-        if (!final) {
-          subtrees.keep(span.number, o, lse);
-          span.advance(a, item, length);
-        }
-        softmax = OnlineSoftmax{};
+      const LeafPlace place = span.place(a, item, length, final);
+      if (kInvariant && span_ends && !place.stays) {
+        rows[0] = {softmax.anchor[0], softmax.sum[0]};
+        rows[1] = {softmax.anchor[1], softmax.sum[1]};
+        const Rooms rooms(a, row_begin, 0);
+        rooms.complete(place, o, rows);
+        if (!final) rooms.keep(place, o, rows);
       }
       if (final) break;
       start_scores<Element>(shared, ring, right_ring, q_registers, scores);
+      if (kInvariant && span_ends) {
+        if (place.stays) {  // while S of the next page is computed
+          const RowState leaf[2] = {{softmax.anchor[0], softmax.sum[0]},
+                                    {softmax.anchor[1], softmax.sum[1]}};
+          Rooms(a, row_begin, 0).add(place, o, leaf);
+        }
+        span.advance(a, item, length);
+        softmax = OnlineSoftmax{};
+      }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
     }
 
-    const float inverse_sum[2] = {kInvariant ? 1.0f : softmax.inverse_sum(0),
-                                  kInvariant ? 1.0f : softmax.inverse_sum(1)};
-    store_output<Element>(a, item, kv_head, row_begin, 0, o, inverse_sum);
+    const bool whole = item.split < 0;
+    float factor[2], lse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = !kInvariant ? inverse_of(softmax.sum[r]) : whole ? rows[r].inverse() : 1.0f;
+      lse[r] = kInvariant ? rows[r].lse() : softmax.log_sum(r);
+    }
+    store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = row_begin + accumulator_row(r);
         if (row >= a.rows) continue;
-        if (!kInvariant) lse[r] = softmax.log_sum(r, a.scale_log2);
-        if (item.split >= 0) {
-          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
-        } else {
+        if (whole) {
           a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
+        } else if (kInvariant) {
+          reinterpret_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
+              rows[r];
+        } else {
+          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
         }
       }
     }
@@ -321,7 +330,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     }
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
-    float inverse_sum[2], lse[2];
+    float sum[2];
+    RowState rows[2];  // of what O holds, in batch-invariant mode
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -350,15 +360,12 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       span.fresh = false;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       if (span_ends) {  // before the stage is released
-        inverse_sum[0] = shared.inverse_sum[p_ring.stage][accumulator_row(0)];
-        inverse_sum[1] = shared.inverse_sum[p_ring.stage][accumulator_row(1)];
-        if (kInvariant) {
-          lse[0] = shared.lse[p_ring.stage][accumulator_row(0)];
-          lse[1] = shared.lse[p_ring.stage][accumulator_row(1)];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          sum[r] = shared.sum[p_ring.stage][accumulator_row(r)];
+          if (kInvariant) rows[r] = {shared.anchor[p_ring.stage][accumulator_row(r)], sum[r]};
         }
       }
-      RightSubtrees::Window sibling;
-      if (kInvariant && span_ends) RightSubtrees(a, row_begin, 1).start(span.number, sibling);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       __syncwarp();  // all lanes have read their factors
@@ -369,16 +376,23 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ring.advance();
       p_ring.advance();
       if (kInvariant && span_ends) {
-        const RightSubtrees subtrees(a, row_begin, 1);
-        subtrees.add(span.number, o, inverse_sum, lse, sibling);
-        if (!final) {
-          subtrees.keep(span.number, o, lse);
-          span.advance(a, item, length);
+        const LeafPlace place = span.place(a, item, length, final);
+        const Rooms rooms(a, row_begin, 1);
+        if (place.stays) {
+          rooms.add(place, o, rows);
+        } else {
+          rooms.complete(place, o, rows);
+          if (!final) rooms.keep(place, o, rows);
         }
+        span.advance(a, item, length);
       }
     }
-    if (kInvariant) inverse_sum[0] = inverse_sum[1] = 1.0f;
-    store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, inverse_sum);
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = !kInvariant ? inverse_of(sum[r]) : item.split < 0 ? rows[r].inverse() : 1.0f;
+    }
+    store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, factor);
   }
 }
 

@@ -100,8 +100,8 @@ __device__ __forceinline__ int piece_count(int pages, int cap, int max_leaves) {
   const int count = (pages + cap - 1) / cap;
   if (max_leaves == 0 || count == 1) return count;
   // Subtrees: near-equal pieces of a power of two are whole leaves, and groups unless they are all.
-  const int power = 1 << (32 - __clz(count - 1)), leaves = leaf_count(pages, max_leaves);
-  return power <= leaves / kGroupLeaves ? power : leaves;
+  const int power = 1 << (32 - __clz(count - 1));
+  return power <= group_count(pages, max_leaves) ? power : leaf_count(pages, max_leaves);
 }
 
 // One per thread; every method is called by the whole block.

@@ -61,10 +61,14 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// 1 / sum, 0 for a row that saw no token.
+__device__ __forceinline__ float inverse_of(float sum) { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
   float limit[2] = {kNegativeInfinity, kNegativeInfinity};    // a larger score asks for a rescale
-  float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units
+  float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units, whole numbers:
+                                   // rescaling does not round
   float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
 
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
@@ -99,9 +103,10 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       const float next = fmaxf(maximum[r], quad_max(largest[r][0]));
       // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
-      anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
+      const float last = anchor[r];
+      anchor[r] = next == kNegativeInfinity ? 0.0f : rintf(next * scale_log2);
       limit[r] = next + kLazyRescale / scale_log2;
-      rescale[r] = exp2_fast(maximum[r] * scale_log2 - anchor[r]);
+      rescale[r] = maximum[r] == kNegativeInfinity ? 0.0f : exp2_fast(last - anchor[r]);
       maximum[r] = next;
       sum[r] *= rescale[r];
     }
@@ -128,15 +133,10 @@ struct OnlineSoftmax {
     sum[1] = quad_sum(sum[1]);
   }
 
-  // 1 / sum, 0 for a row that saw no token.
-  __device__ __forceinline__ float inverse_sum(int r) const {
-    return sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
-  }
-
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
-  __device__ __forceinline__ float log_sum(int r, float scale_log2) const {
+  __device__ __forceinline__ float log_sum(int r) const {
     constexpr float kLn2 = 0.6931471805599453f;
-    return sum[r] > 0.0f ? (maximum[r] * scale_log2 + log2f(sum[r])) * kLn2 : kNegativeInfinity;
+    return sum[r] > 0.0f ? (anchor[r] + log2f(sum[r])) * kLn2 : kNegativeInfinity;
   }
 };
 

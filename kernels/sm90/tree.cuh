@@ -1,139 +1,198 @@
-// Batch-invariant mode: merging the results of leaves as a tree.
+// Batch-invariant mode: adding up the results of leaves as a tree.
 //
-// The decode kernel merges what one thread block computes, the combine kernel what several did.
+// The decode kernel adds up what one thread block computes, the combine kernel what several did.
 // Both do it by the functions below, every rounding of which is spelled out, so that a tree has one
 // value wherever it is cut.
 #pragma once
 
 #include "sm90/decode_shared.cuh"
 #include "sm90/leaves.cuh"
+#include "sm90/ptx/reduce.cuh"
 #include "sm90/softmax.cuh"
 
 namespace flashmla {
 
-// Log-sum-exp of two siblings, and what their results weigh.
-struct Siblings {
-  float lse, first, second;
+// As additions of fp32 to global memory round (PTX: red): numbers too small for a normal float are
+// zero.
+__device__ __forceinline__ float add_flush(float x, float y) {
+  float z;
+  asm("add.rn.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+__device__ __forceinline__ float multiply_flush(float x, float y) {
+  float z;
+  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
+// A row of O that is not normalised: exponents are relative to `anchor`, in log2 units and whole,
+// and `sum` is theirs; 0 for a row that saw no token, whatever its O.
+struct RowState {
+  float anchor, sum;
+
+  __device__ __forceinline__ float inverse() const {
+    return sum > 0.0f ? reciprocal_fast(sum) : 0.0f;
+  }
+  __device__ __forceinline__ float lse() const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    return sum > 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
+  }
 };
 
-__device__ __forceinline__ Siblings join(float first_lse, float second_lse) {
-  constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-  const float most = fmaxf(first_lse, second_lse);
-  if (most == kNegativeInfinity) return {kNegativeInfinity, 0.0f, 0.0f};
-  const float first = exp2_fast(__fmul_rn(__fsub_rn(first_lse, most), kLog2E));
-  const float second = exp2_fast(__fmul_rn(__fsub_rn(second_lse, most), kLog2E));
-  const float sum = __fadd_rn(first, second), inverse = reciprocal_fast(sum);
-  return {__fmaf_rn(log2_fast(sum), kLn2, most), __fmul_rn(first, inverse),
-          __fmul_rn(second, inverse)};
-}
+// Adding a row to another. The anchor of the first stays, so that what is there need not be read,
+// unless the second is so much larger that nothing of the first would be left.
+struct Addition {
+  RowState state;  // of both
+  float factor;    // of the second
+  bool replaces;
 
-__device__ __forceinline__ float merge(const Siblings& s, float first, float second) {
-  return __fmaf_rn(s.second, second, __fmul_rn(s.first, first));
-}
+  __device__ __forceinline__ Addition(const RowState& first, const RowState& second) {
+    constexpr float kMostGrowth = 40.0f;
+    const bool nothing = second.sum == 0.0f;
+    const float growth = __fsub_rn(second.anchor, first.anchor);
+    replaces = first.sum == 0.0f || (!nothing && growth > kMostGrowth);
+    factor = nothing ? 0.0f : replaces ? 1.0f : exp2_fast(growth);
+    const float added = multiply_flush(second.sum, factor);
+    state.anchor = replaces ? second.anchor : first.anchor;
+    state.sum = replaces ? added : add_flush(first.sum, added);
+  }
 
-// The subtrees that wait for their sibling, in global memory: the group of leaves so far, which is
-// small enough for all thread blocks to stay in L2, then groups and what they were merged to, at
-// most one of each height. A thread reads only what it wrote: its 128 values of O as vectors that a
-// warp stores side by side, then its LSEs.
+  // Values of a row that saw no token must be zero.
+  __device__ __forceinline__ float sum(float first, float second) const {
+    const float scaled = multiply_flush(second, factor);
+    return replaces ? scaled : add_flush(first, scaled);
+  }
+};
+
+// What waits in global memory. A thread reads only what it wrote: its 128 values of O as vectors
+// that a warp stores side by side, then the state of its two rows.
 //
-// Loads are what merging waits for. `kAhead` vectors are on their way before the leaf is complete.
-template <int kAhead>
-class Subtrees {
-  static constexpr int kWindow = 8;
-
+// Leaves are added to their group's room by the memory itself: reading it back would be waited for.
+class Rooms {
  public:
-  // Of a sibling, as much as is on its way at a time.
-  struct Window {
-    float2 lse;
-    float4 x[kWindow];
-  };
-
   // `half` of O: 0 left, 1 right.
-  __device__ __forceinline__ Subtrees(const DecodeArguments& a, int row_begin, int half)
-      : real_(row_begin + accumulator_row(0) < a.rows) {
-    const int warps = (min(kTileRows, a.rows) + 15) / 16;
+  __device__ __forceinline__ Rooms(const DecodeArguments& a, int row_begin, int half) {
+    const int warp = threadIdx.x % 128 / 32, warps = (min(kTileRows, a.rows) + 15) / 16;
     const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    real_ = row_begin + 16 * warp < a.rows;
     stride_ = 2 * warps * kVectors * 32;
-    own_ = a.subtrees + static_cast<int64_t>(block) * subtree_rooms(a.max_leaves) * stride_ +
-           (half * warps + threadIdx.x % 128 / 32) * kVectors * 32 + threadIdx.x % 32;
+    own_ = a.subtrees + static_cast<int64_t>(block) * room_count(a.max_leaves) * stride_ +
+           (half * warps + warp) * kVectors * 32 + threadIdx.x % 32;
   }
 
-  // Starts loading the first sibling of leaf `number` of an item.
-  __device__ __forceinline__ void start(int number, Window& window) const {
-    if (kAhead > 0 && siblings_of(number) > 0) start_loads(own_, window);
-  }
-
-  // Takes in the leaf, O not yet normalised. Afterwards `o` and `lse` are those of the largest
-  // subtree that it completes.
-  __device__ __forceinline__ void add(int number, float (&o)[128], const float (&inverse_sum)[2],
-                                      float (&lse)[2], Window& window) const {
+  // Adds a leaf to the room of its group; `o` is used up.
+  __device__ __forceinline__ void add(const LeafPlace& place, float (&o)[128],
+                                      const RowState (&leaf)[2]) const {
+    float4* room = own_ + place.room * stride_;
+    const float4 held = place.opens ? float4{} : load(room + 32 * kValues);
+    const Addition rows[2] = {{{held.x, held.y}, leaf[0]}, {{held.z, held.w}, leaf[1]}};
+    store_state(room, rows[0].state, rows[1].state);
+    clear_empty_rows(o, leaf);
 #pragma unroll
-    for (int i = 0; i < 128; ++i) {
-      // A row that sees no token of the leaf gets nothing from it, NaN neither.
-      const float factor = inverse_sum[(i >> 1) & 1], x = __fmul_rn(o[i], factor);
-      o[i] = factor == 0.0f ? 0.0f : x;
+    for (int i = 0; i < 128; ++i) o[i] = multiply_flush(o[i], rows[(i >> 1) & 1].factor);
+    const bool replaces = real_ && rows[0].replaces && rows[1].replaces;
+    const bool adds = real_ && !rows[0].replaces && !rows[1].replaces;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      if (replaces) __stcg(room + 32 * i, vector(o, i));
+      if (adds) ptx::add_to_global(room + 32 * i, vector(o, i));
     }
-    const int siblings = siblings_of(number);
-    const float4* sibling = own_;
-#pragma unroll 1
-    for (int i = 0; i < siblings; ++i, sibling += stride_) {
-      if (kAhead == 0 || i > 0) start_loads(sibling, window);
-      load<kAhead, kWindow>(sibling, window);
-      const Siblings rows[2] = {join(window.lse.x, lse[0]), join(window.lse.y, lse[1])};
-      lse[0] = rows[0].lse, lse[1] = rows[1].lse;
+    if (real_ && !replaces && !adds) {
 #pragma unroll
-      for (int v = 0; v < kVectors - 1; ++v) {
-        const float4 x = window.x[v % kWindow];
-        o[4 * v] = merge(rows[0], x.x, o[4 * v]);
-        o[4 * v + 1] = merge(rows[0], x.y, o[4 * v + 1]);
-        o[4 * v + 2] = merge(rows[1], x.z, o[4 * v + 2]);
-        o[4 * v + 3] = merge(rows[1], x.w, o[4 * v + 3]);
-        if (v % kChunk == kChunk - 1) {
-#pragma unroll
-          for (int next = v + 1 - kChunk + kWindow; next < min(v + 1 + kWindow, kVectors - 1);
-               ++next)
-            window.x[next % kWindow] = load(sibling + 32 * next);
-        }
+      for (int i = 0; i < kValues; ++i) {
+        auto* pair = reinterpret_cast<float2*>(room + 32 * i);
+        add_row(rows[0].replaces, pair, {o[4 * i], o[4 * i + 1]});
+        add_row(rows[1].replaces, pair + 1, {o[4 * i + 2], o[4 * i + 3]});
       }
     }
   }
 
-  // Keeps the subtree that leaf `number` completed, until its sibling is there.
-  __device__ __forceinline__ void keep(int number, const float (&o)[128],
-                                       const float (&lse)[2]) const {
-    float4* room = own_ + room_of(number) * stride_;
-#pragma unroll
-    for (int i = 0; i < kVectors - 1; ++i)
-      store(room + 32 * i, make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]));
-    store(room + 32 * (kVectors - 1), make_float4(lse[0], lse[1], 0.0f, 0.0f));
+  // Adds a leaf to what waits for it. Afterwards `o` and `state` are those of the sum.
+  __device__ __forceinline__ void complete(const LeafPlace& place, float (&o)[128],
+                                           RowState (&state)[2]) const {
+    clear_empty_rows(o, state);
+#pragma unroll 1
+    for (int i = place.opens ? 0 : -1; i < place.subtrees; ++i) {
+      add_room(i < 0 ? place.room : 1 + i, o, state);
+    }
+  }
+
+  // Has the sum wait for what comes next.
+  __device__ __forceinline__ void keep(const LeafPlace& place, const float (&o)[128],
+                                       const RowState (&state)[2]) const {
+    float4* room = own_ + place.next_room * stride_;
+    store_state(room, state[0], state[1]);
+    store_values(room, o);
   }
 
  private:
-  static constexpr int kVectors = 128 / 4 + 1;
-  static constexpr int kChunk = 4;  // vectors that are waited for together
+  static constexpr int kValues = 128 / 4;  // vectors of O
+  static constexpr int kVectors = kValues + 1;
+  static constexpr int kBatch = 8;  // vectors on their way
   static_assert(2 * kVectors * 32 * 4 == FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS, "as callers allocate");
 
-  __device__ __forceinline__ void start_loads(const float4* room, Window& window) const {
-    const auto* lse = reinterpret_cast<const float2*>(room + 32 * (kVectors - 1));
-    window.lse = real_ ? __ldcg(lse) : float2{};
-    load<0, kAhead>(room, window);
+  __device__ __forceinline__ void store_state(float4* room, const RowState& first,
+                                              const RowState& second) const {
+    store(room + 32 * kValues, make_float4(first.anchor, first.sum, second.anchor, second.sum));
   }
 
-  template <int kBegin, int kEnd>
-  __device__ __forceinline__ void load(const float4* room, Window& window) const {
+  // A row that saw no token gets nothing from it, NaN neither.
+  __device__ __forceinline__ static void clear_empty_rows(float (&o)[128],
+                                                          const RowState (&state)[2]) {
 #pragma unroll
-    for (int v = kBegin; v < kEnd; ++v) window.x[v] = load(room + 32 * v);
+    for (int i = 0; i < 128; ++i) o[i] = state[(i >> 1) & 1].sum == 0.0f ? 0.0f : o[i];
+  }
+
+  __device__ __forceinline__ static float4 vector(const float (&o)[128], int i) {
+    return make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+  }
+
+  __device__ __forceinline__ void store_values(float4* room, const float (&o)[128]) const {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) store(room + 32 * i, vector(o, i));
+  }
+
+  __device__ __forceinline__ static void add_row(bool replaces, float2* to, float2 x) {
+    if (replaces) {
+      __stcg(to, x);
+    } else {
+      ptx::add_to_global(to, x);
+    }
+  }
+
+  __device__ __forceinline__ void add_room(int number, float (&o)[128],
+                                           RowState (&state)[2]) const {
+    const float4* room = own_ + number * stride_;
+    const float4 held = load(room + 32 * kValues);
+    const Addition rows[2] = {{{held.x, held.y}, state[0]}, {{held.z, held.w}, state[1]}};
+    state[0] = rows[0].state, state[1] = rows[1].state;
+#pragma unroll
+    for (int batch = 0; batch < kValues; batch += kBatch) {
+      float4 x[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) x[i] = load(room + 32 * (batch + i));
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = 4 * (batch + i);
+        o[at] = rows[0].sum(x[i].x, o[at]);
+        o[at + 1] = rows[0].sum(x[i].y, o[at + 1]);
+        o[at + 2] = rows[1].sum(x[i].z, o[at + 2]);
+        o[at + 3] = rows[1].sum(x[i].w, o[at + 3]);
+      }
+    }
   }
 
   // Only for rows that exist; a branch around all would take registers that O needs.
   __device__ __forceinline__ float4 load(const float4* from) const {
     return real_ ? __ldcg(from) : float4{};
   }
+
   __device__ __forceinline__ void store(float4* to, float4 x) const {
     if (real_) __stcg(to, x);
   }
 
-  const bool real_;
+  bool real_;
   float4* own_;
   int stride_;
 };

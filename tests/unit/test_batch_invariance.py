@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import flashmla_backend
 from flashmla_backend import InvalidArgument, Unsupported, api, reference, workspace
 from flashmla_backend.leaves import (
-    GROUP_LEAVES,
     MAX_LEAVES,
     MIN_LEAF_PAGES,
     MIN_SHARED_LEAF_PAGES,
+    group_leaves,
     leaf_count,
     leaves_of,
     max_leaves,
@@ -103,7 +103,7 @@ def test_schedules_cut_into_subtrees(seq_lens: list[int], row_tiles: int, num_sm
         held = [leaves_of(pages, i.page_begin, i.page_end, most) for i in own]
         assert [leaf for some in held for leaf in some] == leaves_of(pages, 0, pages, most)
         assert len({len(some) for some in held}) == 1 and len(own).bit_count() == 1
-        assert len(own) == 1 or len(held[0]) == 1 or len(held[0]) % GROUP_LEAVES == 0
+        assert len(own) == 1 or len(held[0]) == 1 or len(held[0]) % group_leaves(pages, most) == 0
 
 
 @pytest.mark.parametrize("most", [1, 2, 16, 64, 128])

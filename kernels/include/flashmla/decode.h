@@ -57,10 +57,10 @@ typedef struct flashmla_decode_params {
   void* out;           // [B, S_q, H_q, 512] contiguous
   float* lse;          // [B, S_q, H_q]
   float* partial_out;  // [splits, H_kv, rows, 512]
-  float* partial_lse;  // [splits, H_kv, rows]
-  // Batch-invariant mode, 16-byte aligned: for each thread block of the decode kernel the subtrees
-  // that wait for their sibling, max(1, log2(max_leaves) - 1) of
-  // FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS for every 16 rows each; none for a single leaf.
+  float* partial_lse;  // [splits, H_kv, rows]; twice as many in batch-invariant mode
+  // Batch-invariant mode, 16-byte aligned: for each thread block of the decode kernel three
+  // rooms for results that wait, of FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS for every 16 rows each; two
+  // with less than FLASHMLA_MAX_LEAVES leaves, none for a single leaf.
   float* subtrees;
 
   void* stream;  // cudaStream_t
