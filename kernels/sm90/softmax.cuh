@@ -67,8 +67,7 @@ __device__ __forceinline__ float inverse_of(float sum) { return sum > 0.0f ? 1.0
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
   float limit[2] = {kNegativeInfinity, kNegativeInfinity};    // a larger score asks for a rescale
-  float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units, whole numbers:
-                                   // rescaling does not round
+  float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units
   float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
 
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
@@ -103,10 +102,9 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       const float next = fmaxf(maximum[r], quad_max(largest[r][0]));
       // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
-      const float last = anchor[r];
-      anchor[r] = next == kNegativeInfinity ? 0.0f : rintf(next * scale_log2);
+      anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
       limit[r] = next + kLazyRescale / scale_log2;
-      rescale[r] = maximum[r] == kNegativeInfinity ? 0.0f : exp2_fast(last - anchor[r]);
+      rescale[r] = exp2_fast(maximum[r] * scale_log2 - anchor[r]);
       maximum[r] = next;
       sum[r] *= rescale[r];
     }

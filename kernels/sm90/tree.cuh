@@ -7,7 +7,7 @@
 
 #include "sm90/decode_shared.cuh"
 #include "sm90/leaves.cuh"
-#include "sm90/ptx/reduce.cuh"
+#include "sm90/ptx/keep.cuh"
 #include "sm90/softmax.cuh"
 
 namespace flashmla {
@@ -26,8 +26,8 @@ __device__ __forceinline__ float multiply_flush(float x, float y) {
   return z;
 }
 
-// A row of O that is not normalised: exponents are relative to `anchor`, in log2 units and whole,
-// and `sum` is theirs; 0 for a row that saw no token, whatever its O.
+// A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
+// is theirs; 0 for a row that saw no token, whatever its O.
 struct RowState {
   float anchor, sum;
 
@@ -95,8 +95,8 @@ class Rooms {
     const bool adds = real_ && !rows[0].replaces && !rows[1].replaces;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if (replaces) __stcg(room + 32 * i, vector(o, i));
-      if (adds) ptx::add_to_global(room + 32 * i, vector(o, i));
+      if (replaces) ptx::store_kept(room + 32 * i, vector(o, i));
+      if (adds) ptx::add_kept(room + 32 * i, vector(o, i));
     }
     if (real_ && !replaces && !adds) {
 #pragma unroll
@@ -155,9 +155,9 @@ class Rooms {
 
   __device__ __forceinline__ static void add_row(bool replaces, float2* to, float2 x) {
     if (replaces) {
-      __stcg(to, x);
+      ptx::store_kept(to, x);
     } else {
-      ptx::add_to_global(to, x);
+      ptx::add_kept(to, x);
     }
   }
 
@@ -185,11 +185,11 @@ class Rooms {
 
   // Only for rows that exist; a branch around all would take registers that O needs.
   __device__ __forceinline__ float4 load(const float4* from) const {
-    return real_ ? __ldcg(from) : float4{};
+    return real_ ? ptx::load_kept(from) : float4{};
   }
 
   __device__ __forceinline__ void store(float4* to, float4 x) const {
-    if (real_) __stcg(to, x);
+    if (real_) ptx::store_kept(to, x);
   }
 
   bool real_;
