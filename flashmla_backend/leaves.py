@@ -1,11 +1,11 @@
 """Batch-invariant mode: arithmetic that knows a request's length and the shapes of the call, and nothing else.
 
-A request's pages are cut into *leaves*, each attended to on its own. Its leaves are at most four equal *groups*, each
-added up from left to right; groups are added up pairwise, as a binary tree. Work items are leaves, groups or larger
-subtrees, so that wherever a schedule cuts, every sum is made of the same parts in the same order.
+A request's pages are cut into *leaves*, each attended to on its own. The leaves of each half of a request are added up
+from left to right, then the halves. Work items are leaves, halves or whole requests, so that wherever a schedule cuts,
+every sum is made of the same parts in the same order.
 
-More leaves let more thread blocks share a request; every one costs a store of its rows. That of a group's leaves is an
-addition to memory, which nobody waits for; groups are read back.
+More leaves let more thread blocks share a request; every one costs a store of its rows: an addition to memory, which
+nobody waits for. What a thread block has of a half is read back once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import torch
 
 MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
 MIN_SHARED_LEAF_PAGES = 6  # the same where row tiles share pages: they wait for merging, not for memory
-MAX_GROUPS = 4
-MAX_SHARED_GROUPS = 2
 MAX_LEAVES = 128  # of all row tiles together: about one for each SM
 ROWS_PER_WARP = 16
-SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a subtree's result take, LSEs and all
+SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a result take, their states and all
 
 
 def max_leaves(row_tiles: int) -> int:
@@ -29,33 +27,16 @@ def max_leaves(row_tiles: int) -> int:
     return 1 << (max(1, MAX_LEAVES // row_tiles).bit_length() - 1)
 
 
-def one_row_tile(most: int) -> bool:
-    return most == MAX_LEAVES
-
-
 def leaf_count(pages: int, most: int) -> int:
     """Leaves of a request: a power of two, about the root of its pages, twice that for a single row tile.
 
     None is smaller than MIN_LEAF_PAGES or MIN_SHARED_LEAF_PAGES unless it is alone.
     """
-    one_tile = one_row_tile(most)
+    one_tile = most == MAX_LEAVES
     smallest = MIN_LEAF_PAGES if one_tile else MIN_SHARED_LEAF_PAGES
     log_most = max(1, pages // smallest).bit_length() - 1
     log_root = (max(0, pages - 1).bit_length() + 1) // 2 + one_tile
     return min(most, 1 << min(log_most, log_root))
-
-
-def max_groups(most: int) -> int:
-    """The most groups that the leaves of a request are in, a power of two."""
-    return min(most, MAX_GROUPS if one_row_tile(most) else MAX_SHARED_GROUPS)
-
-
-def group_count(pages: int, most: int) -> int:
-    return min(leaf_count(pages, most), max_groups(most))
-
-
-def group_leaves(pages: int, most: int) -> int:
-    return leaf_count(pages, most) // group_count(pages, most)
 
 
 def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -66,14 +47,14 @@ def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, in
 
 
 def subtree_floats(rows: int, blocks: int, most: int) -> int:
-    """fp32 elements that the thread blocks of the decode kernel need for subtrees that wait for their sibling.
+    """fp32 elements that the thread blocks of the decode kernel need for what waits until an item ends.
 
     Args:
         rows: query rows of a request and KV head.
         blocks: thread blocks, `row_tiles` times parts.
         most: `max_leaves(row_tiles)`.
     """
-    rooms = max_groups(most).bit_length() if most > 1 else 0
+    rooms = 2 if most > 1 else 0  # for each half
     warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
     return blocks * rooms * warps * SUBTREE_FLOATS
 
@@ -81,7 +62,7 @@ def subtree_floats(rows: int, blocks: int, most: int) -> int:
 def merge(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the results of two siblings, each o [.., 512] and its log-sum-exp [..], fp32."""
+    """Merge two results, each o [.., 512] and its log-sum-exp [..], fp32."""
     (o, lse), (other, other_lse) = first, second
     most = torch.maximum(lse, other_lse)
     finite = most.masked_fill(most == float("-inf"), 0.0)  # rows that see no token weigh 0, not NaN
@@ -92,10 +73,7 @@ def merge(
     return merged, most + torch.log(total)
 
 
-def merge_tree(results: list[tuple[torch.Tensor, torch.Tensor]], groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The root of the tree over `groups` groups of results, both powers of two; a result may be a whole subtree."""
-    leaves = max(1, len(results) // groups)
-    results = [reduce(merge, results[i : i + leaves]) for i in range(0, len(results), leaves)]
-    while len(results) > 1:
-        results = [merge(*pair) for pair in zip(results[::2], results[1::2], strict=True)]
-    return results[0]
+def merge_halves(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of a request's leaves, or of its halves."""
+    half = max(1, len(results) // 2)
+    return reduce(merge, [reduce(merge, results[i : i + half]) for i in range(0, len(results), half)])

@@ -1,4 +1,4 @@
-// Batch-invariant mode: merges the subtrees of requests that were cut, as the decode kernel does.
+// Batch-invariant mode: adds up the pieces of requests that were cut, as the decode kernel does.
 #pragma once
 
 #include "sm90/combine.cuh"
@@ -6,7 +6,7 @@
 
 namespace flashmla {
 
-// A subtree's result; a lane holds one vector of a row.
+// A result; a lane holds one vector of a row.
 struct Node {
   RowState state;
   float4 out;
@@ -31,43 +31,23 @@ struct Partials {
   }
 };
 
-// The sum of the first `count` nodes, a power of two, pairwise.
-template <int kMost>
-__device__ __forceinline__ void add_pairwise(Node (&node)[kMost], int count) {
-#pragma unroll
-  for (int step = 1; step < kMost; step *= 2) {
-    if (step >= count) break;
-#pragma unroll
-    for (int i = 0; i < kMost; i += 2 * step) node[i].add(node[i + step]);
-  }
-}
-
-// The sum of `groups` groups of `leaves` partial results each.
-__device__ __forceinline__ Node add_groups(const Partials& partials, int groups, int leaves) {
+// The sum of `count` partial results from `first` on, from left to right.
+__device__ __forceinline__ Node add_up(const Partials& partials, int first, int count) {
   constexpr int kBatch = kVectorsInFlight / 2;
-  Node group[kMaxGroups] = {};
-#pragma unroll
-  for (int g = 0; g < kMaxGroups; ++g) {
-    if (g < groups) group[g] = partials.load(g * leaves);
-  }
-#pragma unroll
-  for (int g = 0; g < kMaxGroups; ++g) {
-    if (g >= groups) break;
+  Node sum = partials.load(first);
 #pragma unroll 1
-    for (int begin = 1; begin < leaves; begin += kBatch) {
-      Node next[kBatch];
+  for (int begin = 1; begin < count; begin += kBatch) {
+    Node next[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i < leaves) next[i] = partials.load(g * leaves + begin + i);
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      if (begin + i < count) next[i] = partials.load(first + begin + i);
+    }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (begin + i < leaves) group[g].add(next[i]);
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      if (begin + i < count) sum.add(next[i]);
     }
   }
-  add_pairwise(group, groups);
-  return group[0];
+  return sum;
 }
 
 struct CombineTreeShared {
@@ -87,48 +67,33 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const CutRequests requests{a.split_offsets, a.batch};
   const int cut = requests.count(), rows = a.h_kv * a.rows, units = cut * rows * kRowVectors;
-  // As many warps to a row as there are, but no more than it has groups: they share them.
-  const int most_groups = max_groups(a.max_leaves);
-  int group = 1;
-  while (group < most_groups && 2 * units * group <= static_cast<int>(gridDim.x) * kCombineWarps)
-    group *= 2;
+  // A warp for each half of a row, where there are as many.
+  const int group = 2 * units <= static_cast<int>(gridDim.x) * kCombineWarps ? 2 : 1;
   const int member = warp % group, per_round = gridDim.x * (kCombineWarps / group);
   for (int base = 0; base < units; base += per_round) {
     const int unit = base + warp / group * gridDim.x + blockIdx.x;
     const bool real = unit < units;
     const int chunk = unit % kRowVectors, row = unit / kRowVectors % rows;
-    int request = 0, members = 1;
+    int request = 0;
     Node node{};
     if (real) {
       request = unit / kRowVectors / rows;
       if (cut < a.batch) request = requests.find(request);
       const int first = __ldg(a.split_offsets + request),
                 count = __ldg(a.split_offsets + request + 1) - first;
-      // Its pieces are leaves, or groups and more.
-      const int groups = min(count, most_groups);
-      members = min(group, groups);
-      if (member < members) {
-        const int own = count / members;
-        const int64_t source = static_cast<int64_t>(first + member * own) * rows + row;
-        const Partials partials{
-            reinterpret_cast<const float4*>(a.partial_out + source * kLatent) + 32 * chunk + lane,
-            reinterpret_cast<const RowState*>(a.partial_lse) + source, rows};
-        node = add_groups(partials, groups / members, count / groups);
-      }
+      // Its pieces are halves, or the leaves of both.
+      const int64_t source = static_cast<int64_t>(first) * rows + row;
+      const Partials partials{
+          reinterpret_cast<const float4*>(a.partial_out + source * kLatent) + 32 * chunk + lane,
+          reinterpret_cast<const RowState*>(a.partial_lse) + source, rows};
+      node = add_up(partials, member * count / 2, count / 2);
+      if (group == 1) node.add(add_up(partials, count / 2, count / 2));
     }
-    if (group > 1) {
+    if (group == 2) {
       shared.out[warp][lane] = node.out;
       if (lane == 0) shared.state[warp] = node.state;
       __syncthreads();
-      if (member == 0) {
-        Node all[kMaxGroups] = {};
-#pragma unroll
-        for (int i = 0; i < kMaxGroups; ++i) {
-          if (i < members) all[i] = {shared.state[warp + i], shared.out[warp + i][lane]};
-        }
-        add_pairwise(all, members);
-        node = all[0];
-      }
+      if (member == 0) node.add({shared.state[warp + 1], shared.out[warp + 1][lane]});
       __syncthreads();
     }
     if (real && member == 0) {

@@ -147,9 +147,9 @@ struct Span {
     start(a, item, length, end);
     ++number;
   }
-  __device__ __forceinline__ LeafPlace place(const DecodeArguments& a, const Item& item, int length,
-                                             bool final) const {
-    return {number, log_group_leaves(pages_of(item, length), a.max_leaves), final};
+  __device__ __forceinline__ LeafPlace place(const DecodeArguments& a, const Item& item,
+                                             int length) const {
+    return {number, pages_of(item, length), a.max_leaves};
   }
 
  private:
@@ -197,7 +197,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
-    RowState rows[2] = {};  // of what O holds, in batch-invariant mode
+    RowState rows[2] = {};  // of the item, in batch-invariant mode
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -266,22 +266,19 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
-      const LeafPlace place = span.place(a, item, length, final);
-      if (kInvariant && span_ends && !place.stays) {
-        rows[0] = {softmax.anchor[0], softmax.sum[0]};
-        rows[1] = {softmax.anchor[1], softmax.sum[1]};
-        const Rooms rooms(a, row_begin, 0);
-        rooms.complete(place, o, rows);
-        if (!final) rooms.keep(place, o, rows);
-      }
-      if (final) break;
-      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
-      if (kInvariant && span_ends) {
-        if (place.stays) {  // while S of the next page is computed
-          const RowState leaf[2] = {{softmax.anchor[0], softmax.sum[0]},
-                                    {softmax.anchor[1], softmax.sum[1]}};
-          Rooms(a, row_begin, 0).add(place, o, leaf);
+      if (final) {
+        if (kInvariant) {
+          rows[0] = {softmax.anchor[0], softmax.sum[0]};
+          rows[1] = {softmax.anchor[1], softmax.sum[1]};
+          Rooms(a, row_begin, 0).complete(span.place(a, item, length), o, rows);
         }
+        break;
+      }
+      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
+      if (kInvariant && span_ends) {  // while S of the next page is computed
+        const RowState leaf[2] = {{softmax.anchor[0], softmax.sum[0]},
+                                  {softmax.anchor[1], softmax.sum[1]}};
+        Rooms(a, row_begin, 0).add(span.place(a, item, length), o, leaf);
         span.advance(a, item, length);
         softmax = OnlineSoftmax{};
       }
@@ -331,7 +328,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
     float sum[2];
-    RowState rows[2];  // of what O holds, in batch-invariant mode
+    RowState rows[2];  // of the last leaf, then of the item, in batch-invariant mode
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -375,18 +372,12 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       ring.advance();
       p_ring.advance();
-      if (kInvariant && span_ends) {
-        const LeafPlace place = span.place(a, item, length, final);
-        const Rooms rooms(a, row_begin, 1);
-        if (place.stays) {
-          rooms.add(place, o, rows);
-        } else {
-          rooms.complete(place, o, rows);
-          if (!final) rooms.keep(place, o, rows);
-        }
+      if (kInvariant && span_ends && !final) {
+        Rooms(a, row_begin, 1).add(span.place(a, item, length), o, rows);
         span.advance(a, item, length);
       }
     }
+    if (kInvariant) Rooms(a, row_begin, 1).complete(span.place(a, item, length), o, rows);
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -1,7 +1,7 @@
-// Batch-invariant mode: adding up the results of leaves as a tree.
+// Batch-invariant mode: adding up the results of leaves.
 //
 // The decode kernel adds up what one thread block computes, the combine kernel what several did.
-// Both do it by the functions below, every rounding of which is spelled out, so that a tree has one
+// Both do it by the functions below, every rounding of which is spelled out, so that a sum has one
 // value wherever it is cut.
 #pragma once
 
@@ -68,7 +68,7 @@ struct Addition {
 // What waits in global memory. A thread reads only what it wrote: its 128 values of O as vectors
 // that a warp stores side by side, then the state of its two rows.
 //
-// Leaves are added to their group's room by the memory itself: reading it back would be waited for.
+// Leaves are added to the room of their half by the memory itself: reading it would be waited for.
 class Rooms {
  public:
   // `half` of O: 0 left, 1 right.
@@ -77,14 +77,14 @@ class Rooms {
     const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     real_ = row_begin + 16 * warp < a.rows;
     stride_ = 2 * warps * kVectors * 32;
-    own_ = a.subtrees + static_cast<int64_t>(block) * room_count(a.max_leaves) * stride_ +
+    own_ = a.subtrees + static_cast<int64_t>(block) * 2 * stride_ +
            (half * warps + warp) * kVectors * 32 + threadIdx.x % 32;
   }
 
-  // Adds a leaf to the room of its group; `o` is used up.
+  // Adds a leaf to the room of its half; `o` is used up.
   __device__ __forceinline__ void add(const LeafPlace& place, float (&o)[128],
                                       const RowState (&leaf)[2]) const {
-    float4* room = own_ + place.room * stride_;
+    float4* room = own_ + place.half * stride_;
     const float4 held = place.opens ? float4{} : load(room + 32 * kValues);
     const Addition rows[2] = {{{held.x, held.y}, leaf[0]}, {{held.z, held.w}, leaf[1]}};
     store_state(room, rows[0].state, rows[1].state);
@@ -108,22 +108,14 @@ class Rooms {
     }
   }
 
-  // Adds a leaf to what waits for it. Afterwards `o` and `state` are those of the sum.
+  // Adds the last leaf of an item to what waits. Afterwards `o` and `state` are those of the item.
   __device__ __forceinline__ void complete(const LeafPlace& place, float (&o)[128],
                                            RowState (&state)[2]) const {
     clear_empty_rows(o, state);
 #pragma unroll 1
-    for (int i = place.opens ? 0 : -1; i < place.subtrees; ++i) {
-      add_room(i < 0 ? place.room : 1 + i, o, state);
+    for (int half = place.opens ? place.half - 1 : place.half; half >= 0; --half) {
+      add_room(half, o, state);
     }
-  }
-
-  // Has the sum wait for what comes next.
-  __device__ __forceinline__ void keep(const LeafPlace& place, const float (&o)[128],
-                                       const RowState (&state)[2]) const {
-    float4* room = own_ + place.next_room * stride_;
-    store_state(room, state[0], state[1]);
-    store_values(room, o);
   }
 
  private:

@@ -16,7 +16,6 @@ from flashmla_backend.leaves import (
     MAX_LEAVES,
     MIN_LEAF_PAGES,
     MIN_SHARED_LEAF_PAGES,
-    group_leaves,
     leaf_count,
     leaves_of,
     max_leaves,
@@ -86,7 +85,7 @@ def test_bits_do_not_depend_on_the_batch(lens: list, s_q: int, h_kv: int, page_s
 
 @settings(max_examples=1000, deadline=None)
 @given(lengths, tiles, sms)
-def test_schedules_cut_into_subtrees(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
+def test_schedules_cut_into_halves_or_leaves(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
     made = make_schedule(seq_lens, row_tiles, num_sms, batch_invariant=True)
     parts, most = num_parts(num_sms, row_tiles), max_leaves(row_tiles)
     items = [item for part in made.parts for item in part]
@@ -99,11 +98,11 @@ def test_schedules_cut_into_subtrees(seq_lens: list[int], row_tiles: int, num_sm
         assert all(a.page_end == b.page_begin for a, b in pairwise(own))
         slots = list(range(made.split_offsets[request], made.split_offsets[request + 1]))
         assert [i.split for i in own] == (slots or [-1])
-        # The same leaves however the request is cut, and as many in each of a power of two of items: subtrees.
+        # The same leaves however the request is cut: whole, in halves, or into all of them.
         held = [leaves_of(pages, i.page_begin, i.page_end, most) for i in own]
         assert [leaf for some in held for leaf in some] == leaves_of(pages, 0, pages, most)
-        assert len({len(some) for some in held}) == 1 and len(own).bit_count() == 1
-        assert len(own) == 1 or len(held[0]) == 1 or len(held[0]) % group_leaves(pages, most) == 0
+        assert len({len(some) for some in held}) == 1
+        assert len(own) in (1, 2, leaf_count(pages, most))
 
 
 @pytest.mark.parametrize("most", [1, 2, 16, 64, 128])
@@ -137,7 +136,7 @@ def test_the_mode_must_be_that_of_the_reused_plan() -> None:
 
 
 @pytest.mark.parametrize("s_q, h_q, h_kv", [(1, 16, 1), (1, 128, 1), (5, 128, 1), (2, 20, 2)])
-def test_workspace_holds_subtrees_of_every_thread_block(
+def test_workspace_holds_the_rooms_of_every_thread_block(
     s_q: int, h_q: int, h_kv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (api, workspace):

@@ -30,5 +30,4 @@ def test_the_kernel_walks_over_the_leaves_of_the_specification(tmp_path: Path, m
     for (pages, most), line in zip(cases, lines, strict=True):
         *ends, tree = line.split()
         assert [int(end) for end in ends] == [end for _, end in leaves.leaves_of(pages, 0, pages, most)], (pages, most)
-        names = [str(i) for i in range(len(ends))]
-        assert tree == leaves.merge_tree(names, leaves.group_count(pages, most)), (pages, most)
+        assert tree == leaves.merge_halves([str(i) for i in range(len(ends))]), (pages, most)
