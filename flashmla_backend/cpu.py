@@ -7,12 +7,13 @@ fp16 or fp32; the arithmetic is fp32.
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 
 import torch
 
 from flashmla_backend.errors import InvalidArgument
-from flashmla_backend.leaves import leaves_of, merge_pairwise
+from flashmla_backend.leaves import leaves_of, merge, merge_halves
 from flashmla_backend.paging import D_V, PagedKV, check_page_ids, present_as_tiles
 from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
@@ -48,12 +49,12 @@ def decode(
         spans = [(page_begin, page_end)]
         if max_leaves:
             spans = leaves_of(pages_of(length), page_begin, page_end, max_leaves)
-        o, logsum = merge_pairwise(
-            [
-                attend(q_rows[request], paged, request, pages, length, softmax_scale, s_q if causal else 0)
-                for pages in spans
-            ]
-        )
+        results = [
+            attend(q_rows[request], paged, request, pages, length, softmax_scale, s_q if causal else 0)
+            for pages in spans
+        ]
+        # What was cut is a half or a single leaf.
+        o, logsum = merge_halves(results) if split < 0 else reduce(merge, results)
         if split < 0:
             out[request], lse[request] = o, logsum
         else:
@@ -61,9 +62,10 @@ def decode(
     for request, (first, last) in enumerate(pairwise(offsets)):
         if last > first:
             partials = partial_out[first:last], partial_lse[first:last]
-            out[request], lse[request] = (
-                merge_pairwise(list(zip(*partials, strict=True))) if max_leaves else combine(*partials)
-            )
+            if max_leaves:
+                out[request], lse[request] = merge_halves(list(zip(*partials, strict=True)))
+            else:
+                out[request], lse[request] = combine(*partials)
     return (
         ungroup(out, s_q).to(q.dtype),
         ungroup(lse[..., None], s_q).squeeze(-1),

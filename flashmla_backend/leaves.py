@@ -1,21 +1,25 @@
 """Batch-invariant mode: arithmetic that knows a request's length and the shapes of the call, and nothing else.
 
-A request's pages are cut into *leaves*, each attended to on its own, and the results are merged pairwise, as a binary
-tree. Work items are subtrees, so that wherever a schedule cuts, every sum is made of the same parts in the same order.
+A request's pages are cut into *leaves*, each attended to on its own. The leaves of each half of a request are added up
+from left to right, then the halves. Work items are leaves, halves or whole requests, so that wherever a schedule cuts,
+every sum is made of the same parts in the same order.
 
-More leaves let more thread blocks share a request; every one costs a store and a load of its rows.
+More leaves let more thread blocks share a request; every one costs a store of its rows: an addition to memory, which
+nobody waits for. What a thread block has of a half is read back once.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 
 import torch
 
 MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
+MIN_SHARED_LEAF_PAGES = 6  # the same where row tiles share pages: they wait for merging, not for memory
 MAX_LEAVES = 128  # of all row tiles together: about one for each SM
 ROWS_PER_WARP = 16
-SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a subtree's result take, LSEs and all
+SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a result take, their states and all
 
 
 def max_leaves(row_tiles: int) -> int:
@@ -24,8 +28,15 @@ def max_leaves(row_tiles: int) -> int:
 
 
 def leaf_count(pages: int, most: int) -> int:
-    """Leaves of a request: a power of two, none smaller than MIN_LEAF_PAGES unless it is alone."""
-    return min(most, 1 << (max(1, pages // MIN_LEAF_PAGES).bit_length() - 1))
+    """Leaves of a request: a power of two, about the root of its pages, twice that for a single row tile.
+
+    None is smaller than MIN_LEAF_PAGES or MIN_SHARED_LEAF_PAGES unless it is alone.
+    """
+    one_tile = most == MAX_LEAVES
+    smallest = MIN_LEAF_PAGES if one_tile else MIN_SHARED_LEAF_PAGES
+    log_most = max(1, pages // smallest).bit_length() - 1
+    log_root = (max(0, pages - 1).bit_length() + 1) // 2 + one_tile
+    return min(most, 1 << min(log_most, log_root))
 
 
 def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -36,22 +47,22 @@ def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, in
 
 
 def subtree_floats(rows: int, blocks: int, most: int) -> int:
-    """fp32 elements that the thread blocks of the decode kernel need for subtrees that wait for their sibling.
+    """fp32 elements that the thread blocks of the decode kernel need for what waits until an item ends.
 
     Args:
         rows: query rows of a request and KV head.
         blocks: thread blocks, `row_tiles` times parts.
         most: `max_leaves(row_tiles)`.
     """
-    heights = most.bit_length() - 1
+    rooms = 2 if most > 1 else 0  # for each half
     warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
-    return blocks * heights * warps * SUBTREE_FLOATS
+    return blocks * rooms * warps * SUBTREE_FLOATS
 
 
 def merge(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the results of two siblings, each o [.., 512] and its log-sum-exp [..], fp32."""
+    """Merge two results, each o [.., 512] and its log-sum-exp [..], fp32."""
     (o, lse), (other, other_lse) = first, second
     most = torch.maximum(lse, other_lse)
     finite = most.masked_fill(most == float("-inf"), 0.0)  # rows that see no token weigh 0, not NaN
@@ -62,8 +73,7 @@ def merge(
     return merged, most + torch.log(total)
 
 
-def merge_pairwise(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The root of the tree over a power of two of results."""
-    while len(results) > 1:
-        results = [merge(*pair) for pair in zip(results[::2], results[1::2], strict=True)]
-    return results[0]
+def merge_halves(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of a request's leaves, or of its halves."""
+    half = max(1, len(results) // 2)
+    return reduce(merge, [reduce(merge, results[i : i + half]) for i in range(0, len(results), half)])

@@ -31,7 +31,7 @@ def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant
         return 0, 0, 0
     row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
     scratch = subtree_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
-    return partial_rows * D_V, scratch, partial_rows
+    return partial_rows * D_V, scratch, partial_rows * (2 if batch_invariant else 1)
 
 
 def make_workspaces(
@@ -42,8 +42,8 @@ def make_workspaces(
     batch_invariant: bool = False,
     storage: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32, and the
-    thread blocks' scratch in batch-invariant mode.
+    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32; in
+    batch-invariant mode twice the latter, and the thread blocks' scratch.
 
     The first elements of `storage`, an fp32 vector; by default newly allocated.
     """

@@ -147,16 +147,21 @@ struct Span {
     start(a, item, length, end);
     ++number;
   }
+  __device__ __forceinline__ LeafPlace place(const DecodeArguments& a, const Item& item,
+                                             int length) const {
+    return {number, pages_of(item, length), a.max_leaves};
+  }
 
  private:
   __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length,
                                         int page) {
     fresh = true;
     end = item.page_end;
-    if (!kInvariant) return;
-    // A plan older than its lengths may ask for pages that the request no longer has.
-    const int pages = max((length + kTileTokens - 1) / kTileTokens, item.page_end);
-    end = min(end, leaf_end(pages, page, a.max_leaves));
+    if (kInvariant) end = min(end, leaf_end(pages_of(item, length), page, a.max_leaves));
+  }
+  // A plan older than its lengths may ask for pages that the request no longer has.
+  __device__ __forceinline__ static int pages_of(const Item& item, int length) {
+    return max((length + kTileTokens - 1) / kTileTokens, item.page_end);
   }
 };
 
@@ -192,7 +197,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
-    float lse[2];
+    RowState rows[2] = {};  // of the item, in batch-invariant mode
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -244,15 +249,11 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (span_ends) {
         softmax.finish();
         if (lane % 4 == 0) {
-          shared.inverse_sum[stage][accumulator_row(0)] = softmax.inverse_sum(0);
-          shared.inverse_sum[stage][accumulator_row(1)] = softmax.inverse_sum(1);
-        }
-        if (kInvariant) {
-          lse[0] = softmax.log_sum(0, a.scale_log2);
-          lse[1] = softmax.log_sum(1, a.scale_log2);
-          if (lane % 4 == 0) {
-            shared.lse[stage][accumulator_row(0)] = lse[0];
-            shared.lse[stage][accumulator_row(1)] = lse[1];
+          shared.sum[stage][accumulator_row(0)] = softmax.sum[0];
+          shared.sum[stage][accumulator_row(1)] = softmax.sum[1];
+          if (kInvariant) {
+            shared.anchor[stage][accumulator_row(0)] = softmax.anchor[0];
+            shared.anchor[stage][accumulator_row(1)] = softmax.anchor[1];
           }
         }
       }
@@ -265,35 +266,46 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
-      if (kInvariant && span_ends) {
-        const float inverse_sum[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
-        const Subtrees subtrees(a, row_begin, 0);
-        subtrees.add(span.number, o, inverse_sum, lse);
-        if (!final) {
-          subtrees.keep(span.number, o, lse);
-          span.advance(a, item, length);
+      if (final) {
+        if (kInvariant) {
+          rows[0] = {softmax.anchor[0], softmax.sum[0]};
+          rows[1] = {softmax.anchor[1], softmax.sum[1]};
+          Rooms(a, row_begin, 0).complete(span.place(a, item, length), o, rows);
         }
+        break;
+      }
+      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
+      if (kInvariant && span_ends) {  // while S of the next page is computed
+        const RowState leaf[2] = {{softmax.anchor[0], softmax.sum[0]},
+                                  {softmax.anchor[1], softmax.sum[1]}};
+        Rooms(a, row_begin, 0).add(span.place(a, item, length), o, leaf);
+        span.advance(a, item, length);
         softmax = OnlineSoftmax{};
       }
-      if (final) break;
-      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
     }
 
-    const float inverse_sum[2] = {kInvariant ? 1.0f : softmax.inverse_sum(0),
-                                  kInvariant ? 1.0f : softmax.inverse_sum(1)};
-    store_output<Element>(a, item, kv_head, row_begin, 0, o, inverse_sum);
+    const bool whole = item.split < 0;
+    float factor[2], lse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = !kInvariant ? inverse_of(softmax.sum[r]) : whole ? rows[r].inverse() : 1.0f;
+      lse[r] = kInvariant ? rows[r].lse() : softmax.log_sum(r);
+    }
+    store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = row_begin + accumulator_row(r);
         if (row >= a.rows) continue;
-        if (!kInvariant) lse[r] = softmax.log_sum(r, a.scale_log2);
-        if (item.split >= 0) {
-          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
-        } else {
+        if (whole) {
           a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
+        } else if (kInvariant) {
+          reinterpret_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
+              rows[r];
+        } else {
+          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
         }
       }
     }
@@ -315,7 +327,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     }
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
-    float inverse_sum[2], lse[2];
+    float sum[2];
+    RowState rows[2];  // of the last leaf, then of the item, in batch-invariant mode
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -344,11 +357,10 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       span.fresh = false;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       if (span_ends) {  // before the stage is released
-        inverse_sum[0] = shared.inverse_sum[p_ring.stage][accumulator_row(0)];
-        inverse_sum[1] = shared.inverse_sum[p_ring.stage][accumulator_row(1)];
-        if (kInvariant) {
-          lse[0] = shared.lse[p_ring.stage][accumulator_row(0)];
-          lse[1] = shared.lse[p_ring.stage][accumulator_row(1)];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          sum[r] = shared.sum[p_ring.stage][accumulator_row(r)];
+          if (kInvariant) rows[r] = {shared.anchor[p_ring.stage][accumulator_row(r)], sum[r]};
         }
       }
       ptx::wgmma_wait<0>();
@@ -360,17 +372,18 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       ring.advance();
       p_ring.advance();
-      if (kInvariant && span_ends) {
-        const Subtrees subtrees(a, row_begin, 1);
-        subtrees.add(span.number, o, inverse_sum, lse);
-        if (!final) {
-          subtrees.keep(span.number, o, lse);
-          span.advance(a, item, length);
-        }
+      if (kInvariant && span_ends && !final) {
+        Rooms(a, row_begin, 1).add(span.place(a, item, length), o, rows);
+        span.advance(a, item, length);
       }
     }
-    if (kInvariant) inverse_sum[0] = inverse_sum[1] = 1.0f;
-    store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, inverse_sum);
+    if (kInvariant) Rooms(a, row_begin, 1).complete(span.place(a, item, length), o, rows);
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = !kInvariant ? inverse_of(sum[r]) : item.split < 0 ? rows[r].inverse() : 1.0f;
+    }
+    store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, factor);
   }
 }
 

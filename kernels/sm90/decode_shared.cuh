@@ -27,9 +27,9 @@ struct DecodeShared {
   alignas(1024) Tile right[kRightStages][kHalfTiles];
   alignas(1024) Tile rope[kLeftStages];   // becomes P
   float rescale[kLeftStages][kTileRows];  // factor of O before this page's P V
-  float inverse_sum[kLeftStages][kTileRows];
-  float lse[kLeftStages][kTileRows];  // of the leaf that ends here, in batch-invariant mode
-  bool must_rescale[kLeftStages][4];  // by warp
+  float sum[kLeftStages][kTileRows];      // of exponentials, of the item or leaf that ends here
+  float anchor[kLeftStages][kTileRows];   // that they are relative to, in batch-invariant mode
+  bool must_rescale[kLeftStages][4];      // by warp
   ptx::Mbarrier q_full, q_empty;
   // Each half of a page arrives in two pairs of tiles, so that S starts before it is complete.
   ptx::Mbarrier left_full[kLeftStages][2], left_empty[kLeftStages];

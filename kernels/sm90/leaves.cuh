@@ -1,20 +1,27 @@
 // Batch-invariant mode: how a request's pages are cut into leaves, by its length alone.
 //
-// A leaf is computed from fresh accumulators, and leaves are merged pairwise, as a binary tree.
-// flashmla_backend/leaves.py specifies both. Nothing here but integer arithmetic: tests/emulation
-// compiles it for the host.
+// A leaf is computed from fresh accumulators. The leaves of each half of a request are added up
+// from left to right, then the halves. flashmla_backend/leaves.py specifies it all. Nothing here
+// but integer arithmetic: tests/emulation compiles it for the host.
 #pragma once
 
 #include <cstdint>
 
+#include "flashmla/schedule.h"
+
 namespace flashmla {
 
 constexpr int kMinLeafPages = 4;
+constexpr int kMinSharedLeafPages = 6;  // where several row tiles share pages
 
 // Leaves of a request, a power of two of at most `max_leaves`.
 __device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
-  if (pages < 2 * kMinLeafPages) return 1;
-  const int count = 1 << (31 - __clz(pages / kMinLeafPages));
+  const bool one_tile = max_leaves == FLASHMLA_MAX_LEAVES;
+  const int smallest = one_tile ? kMinLeafPages : kMinSharedLeafPages;
+  if (pages < 2 * smallest) return 1;
+  const int log_most = 31 - __clz(pages / smallest);
+  const int log_root = (33 - __clz(pages - 1)) / 2 + one_tile;  // at least the root of the pages
+  const int count = 1 << (log_most < log_root ? log_most : log_root);
   return count < max_leaves ? count : max_leaves;
 }
 
@@ -24,5 +31,18 @@ __device__ __forceinline__ int leaf_end(int pages, int page, int max_leaves) {
   const uint32_t number = ((static_cast<uint32_t>(page + 1) << log_count) - 1) / pages;
   return static_cast<int>((static_cast<uint64_t>(pages) * (number + 1)) >> log_count);
 }
+
+// Where leaf `number` of an item belongs. A thread block has a room for what it has of each half;
+// the last leaf of an item is not added to it but takes up what waits.
+struct LeafPlace {
+  int half;
+  bool opens;  // the half: its room is empty
+
+  __device__ __forceinline__ LeafPlace(int number, int pages, int max_leaves) {
+    const int leaves = leaf_count(pages, max_leaves), of_half = leaves > 1 ? leaves / 2 : 1;
+    half = number >= of_half;
+    opens = number == 0 || number == of_half;
+  }
+};
 
 }  // namespace flashmla

@@ -99,9 +99,8 @@ __device__ __forceinline__ int piece_count(int pages, int cap, int max_leaves) {
   if (pages < 2 * kMinSplitPages) return 1;
   const int count = (pages + cap - 1) / cap;
   if (max_leaves == 0 || count == 1) return count;
-  // Subtrees: near-equal pieces of a power of two are whole leaves.
-  const int power = 1 << (32 - __clz(count - 1)), leaves = leaf_count(pages, max_leaves);
-  return power < leaves ? power : leaves;
+  const int leaves = leaf_count(pages, max_leaves);
+  return count == 2 && leaves > 1 ? 2 : leaves;  // halves
 }
 
 // One per thread; every method is called by the whole block.
@@ -121,7 +120,8 @@ class Scheduler {
     const int longest = read_pages();
     const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
     cut(cap);
-    // Subtrees have no more pages than the longest request, free pieces no more than the cap.
+    // Leaves and halves have no more pages than the longest request, free pieces no more than the
+    // cap.
     const int most = a_.max_leaves == 0 ? cap : longest;
     sort(most > kMinSplitPages ? most : 2 * kMinSplitPages - 1);
     return total_cost(deal());
@@ -203,7 +203,7 @@ class Scheduler {
 
   // All requests end to end on a line of cost, cut wherever a part's equal share ends.
   __device__ int64_t propose_level() {
-    if (a_.max_leaves > 0) return kNoProposal;  // its pieces are no subtrees
+    if (a_.max_leaves > 0) return kNoProposal;  // its pieces are no leaves
     if (a_.batch + a_.parts > FLASHMLA_SCHEDULE_MAX_ROUNDS * a_.parts) return kNoProposal;
     read_pages();
     const int64_t total = fill_starts(), share = (total + a_.parts - 1) / a_.parts;

@@ -61,6 +61,9 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// 1 / sum, 0 for a row that saw no token.
+__device__ __forceinline__ float inverse_of(float sum) { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
   float limit[2] = {kNegativeInfinity, kNegativeInfinity};    // a larger score asks for a rescale
@@ -128,15 +131,10 @@ struct OnlineSoftmax {
     sum[1] = quad_sum(sum[1]);
   }
 
-  // 1 / sum, 0 for a row that saw no token.
-  __device__ __forceinline__ float inverse_sum(int r) const {
-    return sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
-  }
-
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
-  __device__ __forceinline__ float log_sum(int r, float scale_log2) const {
+  __device__ __forceinline__ float log_sum(int r) const {
     constexpr float kLn2 = 0.6931471805599453f;
-    return sum[r] > 0.0f ? (maximum[r] * scale_log2 + log2f(sum[r])) * kLn2 : kNegativeInfinity;
+    return sum[r] > 0.0f ? (anchor[r] + log2f(sum[r])) * kLn2 : kNegativeInfinity;
   }
 };
 

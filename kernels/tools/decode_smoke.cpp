@@ -78,7 +78,7 @@ class Case {
         lse_(expected_.lse.size()),
         partial_out_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows() *
                      kLatent),
-        partial_lse_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
+        partial_lse_(size_t{2} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
     if (plan.items.empty()) return;
     items_ = Room<int32_t>(plan.items);
     part_offsets_ = Room<int32_t>(plan.part_offsets);
@@ -139,9 +139,9 @@ class Case {
 
   // Batch-invariant mode, with trees of up to 16 leaves.
   bool invariant_decode() {
-    constexpr int kMaxLeaves = 16, kHeights = 4;
+    constexpr int kMaxLeaves = 16, kRooms = 2;
     const int rows = shape_.rows() / shape_.h_kv, tiles = (rows + 63) / 64;
-    const Room<float> subtrees(size_t{1} * plan_.parts * shape_.h_kv * tiles * kHeights *
+    const Room<float> subtrees(size_t{1} * plan_.parts * shape_.h_kv * tiles * kRooms *
                                ((std::min(rows, 64) + 15) / 16) *
                                FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS);
     flashmla_schedule_params schedule = schedule_params();

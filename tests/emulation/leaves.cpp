@@ -1,6 +1,7 @@
 // Runs the decode kernel's walk over leaves on the CPU, case after case from stdin: pages,
-// max_leaves. Prints a line per case: where each leaf ends.
+// max_leaves. Prints a line per case: where each leaf ends, then in which order they are added up.
 #include <cstdio>
+#include <string>
 
 #include "cuda_threads.h"
 // after the emulated CUDA names
@@ -9,10 +10,20 @@
 int main() {
   int pages, max_leaves;
   while (std::scanf("%d %d", &pages, &max_leaves) == 2) {
-    for (int page = 0; page < pages;) {
+    std::string rooms[2], result;
+    for (int page = 0, number = 0; page < pages; ++number) {
+      const flashmla::LeafPlace place(number, pages, max_leaves);
       page = flashmla::leaf_end(pages, page, max_leaves);
       std::printf("%d ", page);
+      const auto add = [&](int half) { result = "(" + rooms[half] + "+" + result + ")"; };
+      result = std::to_string(number);
+      if (!place.opens) add(place.half);
+      if (page < pages) {
+        rooms[place.half] = result;
+      } else if (place.half == 1) {
+        add(0);
+      }
     }
-    std::printf("\n");
+    std::printf("%s\n", result.c_str());
   }
 }

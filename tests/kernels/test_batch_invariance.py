@@ -14,8 +14,8 @@ from tests.kernels.problems import DTYPES, POISON_PAGE, SCALE, Problem, fault, m
 
 Record = Callable[[str, object], None]
 
-# Across page edges (64 tokens) and leaf edges (4 and 8 pages, then their multiples).
-NEEDLES = [1, 3, 63, 64, 65, 255, 257, 447, 448, 449, 511, 512, 513, 1000, 1023, 1024, 1025, 2047, 2049, 5000, 20011]
+# Across page edges (64 tokens) and edges where leaves grow more (8, 12, 16, 24, 48, .. pages), up to several groups.
+NEEDLES = [1, 3, 63, 64, 65, 255, 257, 448, 511, 512, 513, 767, 769, 1000, 1024, 1025, 1537, 3073, 4097, 9000, 20011]
 BATCHES = [1, 2, 5, 16, 64, 256]
 PAD = -1
 SMALL_AND_LARGE_PAGES = [(16, 2, 1, 64), (128, 2, 3, 256), (126, 3, 1, 128), (128, 1, 1, 16), (20, 2, 2, 32)]

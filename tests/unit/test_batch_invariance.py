@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 import flashmla_backend
 from flashmla_backend import InvalidArgument, Unsupported, api, reference, workspace
-from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, leaf_count, leaves_of, max_leaves, subtree_floats
+from flashmla_backend.leaves import (
+    MAX_LEAVES,
+    MIN_LEAF_PAGES,
+    MIN_SHARED_LEAF_PAGES,
+    leaf_count,
+    leaves_of,
+    max_leaves,
+    subtree_floats,
+)
 from flashmla_backend.schedule import make_schedule, max_items, max_splits, num_parts, pages_of
 from tests import conftest
 from tests.conftest import SCALE, Problem, check_close, make_problem
@@ -77,7 +85,7 @@ def test_bits_do_not_depend_on_the_batch(lens: list, s_q: int, h_kv: int, page_s
 
 @settings(max_examples=1000, deadline=None)
 @given(lengths, tiles, sms)
-def test_schedules_cut_into_subtrees(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
+def test_schedules_cut_into_halves_or_leaves(seq_lens: list[int], row_tiles: int, num_sms: int) -> None:
     made = make_schedule(seq_lens, row_tiles, num_sms, batch_invariant=True)
     parts, most = num_parts(num_sms, row_tiles), max_leaves(row_tiles)
     items = [item for part in made.parts for item in part]
@@ -90,26 +98,29 @@ def test_schedules_cut_into_subtrees(seq_lens: list[int], row_tiles: int, num_sm
         assert all(a.page_end == b.page_begin for a, b in pairwise(own))
         slots = list(range(made.split_offsets[request], made.split_offsets[request + 1]))
         assert [i.split for i in own] == (slots or [-1])
-        # The same leaves however the request is cut, and as many in each of a power of two of items: subtrees.
+        # The same leaves however the request is cut: whole, in halves, or into all of them.
         held = [leaves_of(pages, i.page_begin, i.page_end, most) for i in own]
         assert [leaf for some in held for leaf in some] == leaves_of(pages, 0, pages, most)
-        assert len({len(some) for some in held}) == 1 and len(own).bit_count() == 1
+        assert len({len(some) for some in held}) == 1
+        assert len(own) in (1, 2, leaf_count(pages, most))
 
 
-@pytest.mark.parametrize("most", [1, 2, 16, 128])
+@pytest.mark.parametrize("most", [1, 2, 16, 64, 128])
 def test_leaves_are_near_equal_and_not_small(most: int) -> None:
     for pages in [*range(300), 10_000, 2**25]:
         leaves = leaves_of(pages, 0, pages, most)
         sizes = [end - begin for begin, end in leaves]
         assert sum(sizes) == pages and len(leaves) == leaf_count(pages, most) <= most
         assert max(sizes) - min(sizes) <= 1
-        assert len(leaves) == 1 or min(sizes) >= MIN_LEAF_PAGES
-        assert len(leaves) == most or max(sizes) <= 2 * MIN_LEAF_PAGES
+        smallest, root = (MIN_LEAF_PAGES, 2) if most == MAX_LEAVES else (MIN_SHARED_LEAF_PAGES, 1)
+        assert len(leaves) == 1 or min(sizes) >= smallest
+        assert len(leaves) == most or max(sizes) <= 2 * smallest or root**2 * pages <= len(leaves) ** 2
 
 
 def test_a_long_request_alone_is_shared_by_all_parts() -> None:
-    loads = make_schedule([128 * 64 * 8], row_tiles=1, num_sms=132, batch_invariant=True).loads()
-    assert sum(load > 0 for load in loads) == MAX_LEAVES
+    for tokens, leaves in ((1024 * 64, MAX_LEAVES // 2), (1024 * 64 + 1, MAX_LEAVES)):
+        loads = make_schedule([tokens], row_tiles=1, num_sms=132, batch_invariant=True).loads()
+        assert sum(load > 0 for load in loads) == leaves
 
 
 def test_the_mode_must_be_that_of_the_reused_plan() -> None:
@@ -125,7 +136,7 @@ def test_the_mode_must_be_that_of_the_reused_plan() -> None:
 
 
 @pytest.mark.parametrize("s_q, h_q, h_kv", [(1, 16, 1), (1, 128, 1), (5, 128, 1), (2, 20, 2)])
-def test_workspace_holds_subtrees_of_every_thread_block(
+def test_workspace_holds_the_rooms_of_every_thread_block(
     s_q: int, h_q: int, h_kv: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (api, workspace):

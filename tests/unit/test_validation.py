@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashmla_backend import native, sm90
-from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES
+from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES
 from flashmla_backend.schedule import MAX_ROUNDS, MIN_SPLIT_PAGES, TILE_TOKENS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -167,6 +167,8 @@ def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
         ("sm90/schedule.cuh", "kMinSplitPages", MIN_SPLIT_PAGES),
         ("sm90/schedule.cuh", "kPageTokens", TILE_TOKENS),
         ("sm90/leaves.cuh", "kMinLeafPages", MIN_LEAF_PAGES),
+        ("sm90/leaves.cuh", "kMinSharedLeafPages", MIN_SHARED_LEAF_PAGES),
+        ("sm90/leaves.cuh", "kLogSharedGroups".bit_length() - 1),
         ("include/flashmla/schedule.h", "FLASHMLA_MAX_LEAVES", MAX_LEAVES),
     ],
 )
