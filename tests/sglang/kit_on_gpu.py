@@ -72,7 +72,7 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                 "verify, graph": (verify.run_mla_eagle_verify_cuda_graph_case, short_chains, {"topk": 1}),
                 "draft extend, graph": (extend.run_mla_draft_extend_v2_cuda_graph_case, accepted, {}),
                 "draft extend runner": (extend.run_mla_eagle_draft_extend_v2_cuda_graph_runner_case, accepted, {}),
-                # Not padded: the kit's padding rows change the first draft's K of the last request, SGLang's Triton alike.
+                # Not padded: padding rows change the first draft's K of the last request, with SGLang's Triton too.
                 "draft runner": (run_draft_runner_case, steps, {"cuda_graph_capture_batch_size": 2}),
             }
             for name, (function, made, more) in run.items():
