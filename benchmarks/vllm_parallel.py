@@ -1,7 +1,7 @@
 """vLLM on two GPUs: python benchmarks/vllm_parallel.py --out FILE.json [--commit COMMIT]
 
 Tensor parallelism (TP 2) and decode context parallelism (DCP 2, each GPU holds half of the tokens) on our backend,
-against one GPU: greedy tokens, and the differences of their log probabilities as long as both chose the same tokens.
+against the first run, on one GPU: greedy tokens, and how far log probabilities differ while both chose the same tokens.
 One engine start a line, each in a process of its own. Exit code 1 if one failed or was served by another backend.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
                 "devices": torch.cuda.device_count(),
                 "vllm": vllm_version(),
                 "served_by": {who: answer["served_by"] for who, answer in answers.items()},
-                "deltas": deltas(answers),
+                "deltas": deltas(answers, next(iter(answers), None)),
                 "failed": failed,
             }
             write(report, arguments.out)

@@ -65,6 +65,24 @@ def test_the_readme_quotes_what_was_recorded() -> None:
         assert f"| {shape} | {times} |\n" in README
 
 
+def test_the_readme_quotes_what_engines_did() -> None:
+    invariance = recorded("vllm-invariance")["rows"]
+    assert f"0 of {invariance['ours']['cases']} differed" in README and invariance["ours"]["differing"] == 0
+    assert invariance["ours, free"]["differing"] > 0
+    runs = recorded("sglang-serve")["runs"]
+    assert not any(run["errors"] for run in runs.values())
+    for mode in ("graph", "eager"):
+        assert runs[f"ours, {mode}"]["tokens_per_second"] > runs[f"triton, {mode}"]["tokens_per_second"]
+    kit = recorded("sglang-kit")["cases"]
+    assert all(case["ok"] for case in kit)
+    assert {int(case["case"].rsplit(" ", 1)[1]) for case in kit} == {16, 64, 128}
+
+
+def test_the_readme_quotes_what_small_pages_cost() -> None:
+    cost = {size: 100 * (mean - 1) for size, mean in recorded("page-sizes")["geometric_mean"].items()}
+    assert f"Pages of 32 tokens cost {cost['32']:.1f} % and pages of 16 tokens {cost['16']:.1f} % of a call" in README
+
+
 def test_the_soak_in_the_readme_passed() -> None:
     (path,) = re.findall(r"\[soak\]\((benchmarks/results/\S+\.json)\)", README)
     soak = json.loads((ROOT / path).read_text())

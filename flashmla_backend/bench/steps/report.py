@@ -71,13 +71,14 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return summary
 
 
-def deltas(answers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def deltas(answers: dict[str, dict[str, Any]], reference: str | None = None) -> dict[str, dict[str, Any]]:
     """Mean |difference of log probabilities| from the reference backend, over the tokens before answers part.
 
-    A token that two backends choose after the same tokens has the same context in both.
+    A token that two backends choose after the same tokens has the same context in both. By default the reference is the
+    first of REFERENCES that answered.
     """
     found: dict[str, dict[str, Any]] = {}
-    reference = next((name for name in REFERENCES if name in answers), None)
+    reference = reference or next((name for name in REFERENCES if name in answers), None)
     if reference is None:
         return found
     theirs = answers[reference]
