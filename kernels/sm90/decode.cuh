@@ -138,18 +138,16 @@ template <bool kInvariant>
 struct Span {
   int end;
   bool fresh;
-  int number = 0;  // of those of the item
 
   __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length) {
     start(a, item, length, item.page_begin);
   }
   __device__ __forceinline__ void advance(const DecodeArguments& a, const Item& item, int length) {
     start(a, item, length, end);
-    ++number;
   }
   __device__ __forceinline__ LeafPlace place(const DecodeArguments& a, const Item& item,
                                              int length) const {
-    return {number, pages_of(item, length), a.max_leaves};
+    return {end - 1, item.page_begin, pages_of(item, length), a.max_leaves};
   }
 
  private:
@@ -197,7 +195,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
-    RowState rows[2] = {};  // of the item, in batch-invariant mode
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -268,16 +265,16 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
       if (final) {
         if (kInvariant) {
-          rows[0] = {softmax.anchor[0], softmax.sum[0]};
-          rows[1] = {softmax.anchor[1], softmax.sum[1]};
+          RowState rows[2] = {softmax.row(0), softmax.row(1)};
           Rooms(a, row_begin, 0).complete(span.place(a, item, length), o, rows);
+          softmax.set_row(0, rows[0]);
+          softmax.set_row(1, rows[1]);
         }
         break;
       }
       start_scores<Element>(shared, ring, right_ring, q_registers, scores);
       if (kInvariant && span_ends) {  // while S of the next page is computed
-        const RowState leaf[2] = {{softmax.anchor[0], softmax.sum[0]},
-                                  {softmax.anchor[1], softmax.sum[1]}};
+        const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
         Rooms(a, row_begin, 0).add(span.place(a, item, length), o, leaf);
         span.advance(a, item, length);
         softmax = OnlineSoftmax{};
@@ -290,8 +287,10 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     float factor[2], lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = !kInvariant ? inverse_of(softmax.sum[r]) : whole ? rows[r].inverse() : 1.0f;
-      lse[r] = kInvariant ? rows[r].lse() : softmax.log_sum(r);
+      factor[r] = !kInvariant ? inverse_of(softmax.sum[r])
+                  : whole     ? softmax.row(r).inverse()
+                              : 1.0f;
+      lse[r] = kInvariant ? softmax.row(r).lse() : softmax.log_sum(r);
     }
     store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
@@ -303,7 +302,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
           a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
         } else if (kInvariant) {
           reinterpret_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
-              rows[r];
+              softmax.row(r);
         } else {
           a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
         }

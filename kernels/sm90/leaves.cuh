@@ -25,23 +25,34 @@ __device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
   return count < max_leaves ? count : max_leaves;
 }
 
+// The leaf that holds `page`, of 2^`log_count` leaves.
+__device__ __forceinline__ int leaf_number(int pages, int page, int log_count) {
+  return ((static_cast<uint32_t>(page + 1) << log_count) - 1) / pages;
+}
+
+__device__ __forceinline__ int leaf_begin(int pages, int number, int log_count) {
+  return static_cast<int>(static_cast<uint64_t>(pages) * number >> log_count);
+}
+
 // Where the leaf that holds `page` ends, of a request of `pages` pages.
 __device__ __forceinline__ int leaf_end(int pages, int page, int max_leaves) {
   const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
-  const uint32_t number = ((static_cast<uint32_t>(page + 1) << log_count) - 1) / pages;
-  return static_cast<int>((static_cast<uint64_t>(pages) * (number + 1)) >> log_count);
+  return leaf_begin(pages, leaf_number(pages, page, log_count) + 1, log_count);
 }
 
-// Where leaf `number` of an item belongs. A thread block has a room for what it has of each half;
-// the last leaf of an item is not added to it but takes up what waits.
+// Where the leaf that holds `page` belongs. A thread block has a room for what it has of each half
+// of a request; the last leaf of an item is not added to it but takes up what waits.
 struct LeafPlace {
   int half;
-  bool opens;  // the half: its room is empty
+  int first_half;  // of the item, which begins with `item_begin`
+  bool opens;      // its half: the room is empty
 
-  __device__ __forceinline__ LeafPlace(int number, int pages, int max_leaves) {
-    const int leaves = leaf_count(pages, max_leaves), of_half = leaves > 1 ? leaves / 2 : 1;
-    half = number >= of_half;
-    opens = number == 0 || number == of_half;
+  __device__ __forceinline__ LeafPlace(int page, int item_begin, int pages, int max_leaves) {
+    const int leaves = leaf_count(pages, max_leaves), log_count = 31 - __clz(leaves);
+    const int number = leaf_number(pages, page, log_count);
+    half = 2 * number >= leaves;
+    first_half = item_begin == 0 ? 0 : half;
+    opens = leaf_begin(pages, number, log_count) <= item_begin || 2 * number == leaves;
   }
 };
 

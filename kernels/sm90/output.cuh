@@ -11,13 +11,21 @@ __device__ __forceinline__ void pin_words(uint32_t (&v)[4][4]) {
   for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(v[i / 4][i % 4]));
 }
 
+// Position in the quad, opaque to the compiler: what follows from it would be worked out ahead of
+// the items, and take registers all the time.
+__device__ __forceinline__ int quad_position() {
+  int quad = threadIdx.x % 4;
+  asm volatile("" : "+r"(quad));
+  return quad;
+}
+
 // One row of O, 256 columns from `column` on: this thread's o[4 n + 2 r + {0, 1}] are columns
 // 8 n + 2 (lane % 4) + {0, 1}. All values of a batch are ready before its first store, or each
 // store would wait for the registers of the one before.
 template <typename Element>
 __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const float (&o)[128],
                                           float inverse_sum) {
-  const int quad = threadIdx.x % 4;
+  const int quad = quad_position();
 #pragma unroll
   for (int batch = 0; batch < 32; batch += 16) {
     uint32_t v[4][4];
@@ -43,7 +51,7 @@ __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const
 template <>
 __device__ __forceinline__ void store_row(float* out, bool valid, int r, const float (&o)[128],
                                           float inverse_sum) {
-  const int quad = threadIdx.x % 4;
+  const int quad = quad_position();
   const bool odd = quad & 1;
 #pragma unroll
   for (int batch = 0; batch < 32; batch += 8) {

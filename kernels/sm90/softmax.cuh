@@ -61,6 +61,20 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
+// is theirs; 0 for a row that saw no token, whatever its O.
+struct RowState {
+  float anchor, sum;
+
+  __device__ __forceinline__ float inverse() const {
+    return sum > 0.0f ? reciprocal_fast(sum) : 0.0f;
+  }
+  __device__ __forceinline__ float lse() const {
+    constexpr float kLn2 = 0.6931471805599453f;
+    return sum > 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
+  }
+};
+
 // 1 / sum, 0 for a row that saw no token.
 __device__ __forceinline__ float inverse_of(float sum) { return sum > 0.0f ? 1.0f / sum : 0.0f; }
 
@@ -129,6 +143,12 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void finish() {
     sum[0] = quad_sum(sum[0]);
     sum[1] = quad_sum(sum[1]);
+  }
+
+  __device__ __forceinline__ RowState row(int r) const { return {anchor[r], sum[r]}; }
+  __device__ __forceinline__ void set_row(int r, const RowState& row) {
+    anchor[r] = row.anchor;
+    sum[r] = row.sum;
   }
 
   // Natural log of the sum of exponentials, -inf for a row that saw no token.

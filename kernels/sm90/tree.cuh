@@ -26,20 +26,6 @@ __device__ __forceinline__ float multiply_flush(float x, float y) {
   return z;
 }
 
-// A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
-// is theirs; 0 for a row that saw no token, whatever its O.
-struct RowState {
-  float anchor, sum;
-
-  __device__ __forceinline__ float inverse() const {
-    return sum > 0.0f ? reciprocal_fast(sum) : 0.0f;
-  }
-  __device__ __forceinline__ float lse() const {
-    constexpr float kLn2 = 0.6931471805599453f;
-    return sum > 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
-  }
-};
-
 // Adding a row to another. The anchor of the first stays, so that what is there need not be read,
 // unless the second is so much larger that nothing of the first would be left.
 struct Addition {
@@ -113,7 +99,7 @@ class Rooms {
                                            RowState (&state)[2]) const {
     clear_empty_rows(o, state);
 #pragma unroll 1
-    for (int half = place.opens ? place.half - 1 : place.half; half >= 0; --half) {
+    for (int half = place.opens ? place.half - 1 : place.half; half >= place.first_half; --half) {
       add_room(half, o, state);
     }
   }
@@ -138,11 +124,6 @@ class Rooms {
 
   __device__ __forceinline__ static float4 vector(const float (&o)[128], int i) {
     return make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
-  }
-
-  __device__ __forceinline__ void store_values(float4* room, const float (&o)[128]) const {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) store(room + 32 * i, vector(o, i));
   }
 
   __device__ __forceinline__ static void add_row(bool replaces, float2* to, float2 x) {

@@ -12,7 +12,7 @@ int main() {
   while (std::scanf("%d %d", &pages, &max_leaves) == 2) {
     std::string rooms[2], result;
     for (int page = 0, number = 0; page < pages; ++number) {
-      const flashmla::LeafPlace place(number, pages, max_leaves);
+      const flashmla::LeafPlace place(page, 0, pages, max_leaves);
       page = flashmla::leaf_end(pages, page, max_leaves);
       std::printf("%d ", page);
       const auto add = [&](int half) { result = "(" + rooms[half] + "+" + result + ")"; };

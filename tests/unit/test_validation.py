@@ -168,7 +168,6 @@ def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
         ("sm90/schedule.cuh", "kPageTokens", TILE_TOKENS),
         ("sm90/leaves.cuh", "kMinLeafPages", MIN_LEAF_PAGES),
         ("sm90/leaves.cuh", "kMinSharedLeafPages", MIN_SHARED_LEAF_PAGES),
-        ("sm90/leaves.cuh", "kLogSharedGroups".bit_length() - 1),
         ("include/flashmla/schedule.h", "FLASHMLA_MAX_LEAVES", MAX_LEAVES),
     ],
 )
