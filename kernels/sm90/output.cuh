@@ -11,12 +11,11 @@ __device__ __forceinline__ void pin_words(uint32_t (&v)[4][4]) {
   for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(v[i / 4][i % 4]));
 }
 
-// Position in the quad, opaque to the compiler: what follows from it would be worked out ahead of
-// the items, and take registers all the time.
-__device__ __forceinline__ int quad_position() {
-  int quad = threadIdx.x % 4;
-  asm volatile("" : "+r"(quad));
-  return quad;
+// The same number, but not to the compiler: what follows from it would be worked out ahead of the
+// items, and take registers all the time.
+__device__ __forceinline__ int opaque(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
 }
 
 // One row of O, 256 columns from `column` on: this thread's o[4 n + 2 r + {0, 1}] are columns
@@ -25,7 +24,7 @@ __device__ __forceinline__ int quad_position() {
 template <typename Element>
 __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const float (&o)[128],
                                           float inverse_sum) {
-  const int quad = quad_position();
+  const int quad = threadIdx.x % 4;
 #pragma unroll
   for (int batch = 0; batch < 32; batch += 16) {
     uint32_t v[4][4];
@@ -51,8 +50,9 @@ __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const
 template <>
 __device__ __forceinline__ void store_row(float* out, bool valid, int r, const float (&o)[128],
                                           float inverse_sum) {
-  const int quad = quad_position();
+  const int quad = threadIdx.x % 4;
   const bool odd = quad & 1;
+  const int own_columns = opaque(8 * odd + 4 * (quad / 2));
 #pragma unroll
   for (int batch = 0; batch < 32; batch += 8) {
     uint32_t v[4][4];
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_row(float* out, bool valid, int r, const f
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (valid)
-        *reinterpret_cast<uint4*>(out + 8 * (batch + 2 * i + odd) + 4 * (quad / 2)) =
+        *reinterpret_cast<uint4*>(out + 8 * (batch + 2 * i) + own_columns) =
             make_uint4(v[i][0], v[i][1], v[i][2], v[i][3]);
     }
   }
