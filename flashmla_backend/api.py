@@ -31,7 +31,7 @@ class DecodePlan:
     split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
     partial_out: torch.Tensor  # [max_splits, H_kv, rows, 512] fp32 workspace of the layers; empty on the CPU
     partial_lse: torch.Tensor  # [max_splits, H_kv, rows] fp32
-    subtrees: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
+    rooms: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
     s_q: int
     h_q: int
     h_kv: int
@@ -250,7 +250,7 @@ def mla_decode(
         plan.split_offsets,
         plan.partial_out,
         plan.partial_lse,
-        plan.subtrees,
+        plan.rooms,
         float(softmax_scale),
         plan.causal,
         plan.max_leaves,

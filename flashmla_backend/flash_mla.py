@@ -26,7 +26,7 @@ from flashmla_backend.workspace import make_workspaces
 
 METADATA_COLUMNS = 8
 
-Workspaces = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # partial_out, partial_lse and subtrees of a plan
+Workspaces = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # partial_out, partial_lse and rooms of a plan
 
 # By the storage of the metadata, since engines hand every layer a new view of it, and by shape: a captured CUDA graph
 # goes on using the workspaces it saw. They go with the storage.

@@ -19,7 +19,7 @@ MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
 MIN_SHARED_LEAF_PAGES = 6  # the same where row tiles share pages: they wait for merging, not for memory
 MAX_LEAVES = 128  # of all row tiles together: about one for each SM
 ROWS_PER_WARP = 16
-SUBTREE_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a result take, their states and all
+ROOM_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a result take, their states and all
 
 
 def max_leaves(row_tiles: int) -> int:
@@ -46,7 +46,7 @@ def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, in
     return [leaf for leaf in pairwise(bounds) if begin <= leaf[0] < end] or [(begin, end)]
 
 
-def subtree_floats(rows: int, blocks: int, most: int) -> int:
+def room_floats(rows: int, blocks: int, most: int) -> int:
     """fp32 elements that the thread blocks of the decode kernel need for what waits until an item ends.
 
     Args:
@@ -54,9 +54,9 @@ def subtree_floats(rows: int, blocks: int, most: int) -> int:
         blocks: thread blocks, `row_tiles` times parts.
         most: `max_leaves(row_tiles)`.
     """
-    rooms = 2 if most > 1 else 0  # for each half
+    halves = 2 if most > 1 else 0  # a room for each
     warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
-    return blocks * rooms * warps * SUBTREE_FLOATS
+    return blocks * halves * warps * ROOM_FLOATS
 
 
 def merge(

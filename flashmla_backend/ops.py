@@ -96,7 +96,7 @@ def decode_on_cpu(
     split_offsets: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
-    subtrees: torch.Tensor,
+    rooms: torch.Tensor,
     softmax_scale: float,
     causal: bool,
     max_leaves: int,
@@ -141,7 +141,7 @@ schedule = operator(
 )
 mla_decode = operator(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, "
-    "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, Tensor(c!) subtrees, "
+    "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, Tensor(c!) rooms, "
     "float softmax_scale, bool causal, int max_leaves, Tensor? planned_lens=None, "
     "Tensor? faults=None) -> (Tensor, Tensor)",
     on_cpu=decode_on_cpu,

@@ -86,7 +86,7 @@ def decode(
     split_offsets: torch.Tensor,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
-    subtrees: torch.Tensor,
+    rooms: torch.Tensor,
     softmax_scale: float,
     causal: bool,
     max_leaves: int,
@@ -127,7 +127,7 @@ def decode(
         partial_out.data_ptr(),
         partial_lse.data_ptr(),
         max_leaves,
-        subtrees.data_ptr(),
+        rooms.data_ptr(),
     )
     return out, lse
 

@@ -6,7 +6,7 @@ import torch
 
 from flashmla_backend.dispatch import default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument
-from flashmla_backend.leaves import max_leaves, subtree_floats
+from flashmla_backend.leaves import max_leaves, room_floats
 from flashmla_backend.paging import D_V, describe
 from flashmla_backend.schedule import max_splits, num_parts, row_tiles_of
 
@@ -26,11 +26,11 @@ def workspace_size(
 
 
 def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant: bool) -> tuple[int, int, int]:
-    """fp32 elements for partial outputs, for subtrees and for partial LSEs."""
+    """fp32 elements for partial outputs, for rooms (of results that wait) and for partial LSEs."""
     if path != "sm90":
         return 0, 0, 0
     row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
-    scratch = subtree_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
+    scratch = room_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
     return partial_rows * D_V, scratch, partial_rows * (2 if batch_invariant else 1)
 
 
@@ -56,5 +56,5 @@ def make_workspaces(
         raise InvalidArgument(
             f"workspace is on {storage.device}, seq_lens on {part_offsets.device}; accepted: the same device"
         )
-    out, subtrees, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows), subtrees
+    out, rooms, lse = storage[: sum(sizes)].split(sizes)
+    return out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows), rooms

@@ -105,7 +105,7 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
             uintptr_t seq_lens, uintptr_t block_table, int64_t block_table_stride, uintptr_t items,
             uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t planned_lens,
             uintptr_t faults, uintptr_t out, uintptr_t lse, uintptr_t partial_out,
-            uintptr_t partial_lse, int max_leaves, uintptr_t subtrees, uintptr_t stream) {
+            uintptr_t partial_lse, int max_leaves, uintptr_t rooms, uintptr_t stream) {
   flashmla_decode_params p = decode_params(
       dtype, shape, page_size, num_pages, causal, softmax_scale, q_latent, q_latent_strides, q_rope,
       q_rope_strides, kv, kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
@@ -118,7 +118,7 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
   p.partial_out = pointer<float>(partial_out);
   p.partial_lse = pointer<float>(partial_lse);
   p.max_leaves = max_leaves;
-  p.subtrees = pointer<float>(subtrees);
+  p.rooms = pointer<float>(rooms);
   check(flashmla_decode(&p));
 }
 
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_native, module) {
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
              "block_table_stride"_a, "items"_a, "part_offsets"_a, "split_offsets"_a,
              "planned_lens"_a, "faults"_a, "out"_a, "lse"_a, "partial_out"_a, "partial_lse"_a,
-             "max_leaves"_a, "subtrees"_a, "stream"_a);
+             "max_leaves"_a, "rooms"_a, "stream"_a);
   module.def("naive_decode", &naive_decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a,
              "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,

@@ -8,7 +8,7 @@
 #include "host/error.h"
 #include "host/validate.h"
 #include "sm90/combine.cuh"
-#include "sm90/combine_tree.cuh"
+#include "sm90/combine_leaves.cuh"
 #include "sm90/decode.cuh"
 #include "sm90/launch.cuh"
 
@@ -65,7 +65,7 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
   constexpr int kCombineBlocks = 132 * kCombineBlocksPerSm;
   const int combine_blocks = p.batch * p.h_kv * arguments.rows * kRowVectors;
-  error = launch_dependent(kInvariant ? combine_tree_kernel<Element> : combine_kernel<Element>,
+  error = launch_dependent(kInvariant ? combine_leaves_kernel<Element> : combine_kernel<Element>,
                            dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
                            kCombineThreads, 0, p.stream, arguments);
   if (error != cudaSuccess)
@@ -106,7 +106,7 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.lse = p.lse;
   arguments.partial_out = p.partial_out;
   arguments.partial_lse = p.partial_lse;
-  arguments.subtrees = reinterpret_cast<float4*>(p.subtrees);
+  arguments.rooms = reinterpret_cast<float4*>(p.rooms);
   arguments.batch = p.batch;
   arguments.s_q = p.s_q;
   arguments.h_q = p.h_q;

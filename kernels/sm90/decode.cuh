@@ -23,8 +23,8 @@
 #include "sm90/ptx/mbarrier.cuh"
 #include "sm90/ptx/sync.cuh"
 #include "sm90/ptx/wgmma.cuh"
+#include "sm90/rooms.cuh"
 #include "sm90/softmax.cuh"
-#include "sm90/tree.cuh"
 
 namespace flashmla {
 

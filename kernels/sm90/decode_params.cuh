@@ -31,7 +31,7 @@ struct DecodeArguments {
   float* lse;
   float* partial_out;
   float* partial_lse;
-  float4* subtrees;
+  float4* rooms;
   int batch, s_q, h_q, h_kv;
   int group;           // h_q / h_kv
   int rows;            // s_q * group

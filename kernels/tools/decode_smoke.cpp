@@ -141,13 +141,12 @@ class Case {
   bool invariant_decode() {
     constexpr int kMaxLeaves = 16, kRooms = 2;
     const int rows = shape_.rows() / shape_.h_kv, tiles = (rows + 63) / 64;
-    const Room<float> subtrees(size_t{1} * plan_.parts * shape_.h_kv * tiles * kRooms *
-                               ((std::min(rows, 64) + 15) / 16) *
-                               FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS);
+    const Room<float> rooms(size_t{1} * plan_.parts * shape_.h_kv * tiles * kRooms *
+                            ((std::min(rows, 64) + 15) / 16) * FLASHMLA_ROOM_FLOATS_OF_16_ROWS);
     flashmla_schedule_params schedule = schedule_params();
     flashmla_decode_params params = decode_params();
     schedule.max_leaves = params.max_leaves = kMaxLeaves;
-    params.subtrees = subtrees.get();
+    params.rooms = rooms.get();
     return judge("batch-invariant", [&] {
       if (const flashmla_status status = flashmla_schedule(&schedule)) return status;
       if (const flashmla_status status = flashmla_decode(&params)) return status;

@@ -133,7 +133,7 @@ bool documented(const flashmla_decode_params& p) {
          aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4) && aligned(p.out, 16) &&
          aligned(p.lse, 4) && aligned(p.partial_out, 16) && aligned(p.partial_lse, 4) &&
          (p.planned_lens == nullptr || (aligned(p.planned_lens, 4) && aligned(p.faults, 8))) &&
-         (p.max_leaves <= 1 || aligned(p.subtrees, 16));
+         (p.max_leaves <= 1 || aligned(p.rooms, 16));
 }
 
 // What bounds.h documents.
@@ -207,7 +207,7 @@ bool fuzz_decode(Source source) {
   p.planned_lens = source.address<int32_t>();
   p.faults = source.address<flashmla_fault_box>();
   p.max_leaves = source.number(16);
-  p.subtrees = source.address<float>();
+  p.rooms = source.address<float>();
   return judge("decode", flashmla::validate(p), documented(p));
 }
 

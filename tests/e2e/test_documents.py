@@ -73,9 +73,6 @@ def test_the_readme_quotes_what_engines_did() -> None:
     assert not any(run["errors"] for run in runs.values())
     for mode in ("graph", "eager"):
         assert runs[f"ours, {mode}"]["tokens_per_second"] > runs[f"triton, {mode}"]["tokens_per_second"]
-    kit = recorded("sglang-kit")["cases"]
-    assert all(case["ok"] for case in kit)
-    assert {int(case["case"].rsplit(" ", 1)[1]) for case in kit} == {16, 64, 128}
 
 
 def test_the_readme_quotes_what_small_pages_cost() -> None:

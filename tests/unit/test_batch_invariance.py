@@ -19,7 +19,7 @@ from flashmla_backend.leaves import (
     leaf_count,
     leaves_of,
     max_leaves,
-    subtree_floats,
+    room_floats,
 )
 from flashmla_backend.schedule import make_schedule, max_items, max_splits, num_parts, pages_of
 from tests import conftest
@@ -145,10 +145,10 @@ def test_workspace_holds_the_rooms_of_every_thread_block(
     shape = {"s_q": s_q, "h_q": h_q, "h_kv": h_kv, "num_sms": 64, "batch_invariant": True}
     plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape)
     blocks = (plan.part_offsets.shape[0] - 1) * -(-s_q * h_q // h_kv // 64) * h_kv
-    assert plan.subtrees.numel() == subtree_floats(s_q * h_q // h_kv, blocks, plan.max_leaves) > 0
-    assert plan.subtrees.data_ptr() % 16 == 0
+    assert plan.rooms.numel() == room_floats(s_q * h_q // h_kv, blocks, plan.max_leaves) > 0
+    assert plan.rooms.data_ptr() % 16 == 0
     size = workspace.workspace_size(torch.device("cpu"), **shape)
-    assert plan.partial_out.numel() + plan.subtrees.numel() + plan.partial_lse.numel() == size
+    assert plan.partial_out.numel() + plan.rooms.numel() + plan.partial_lse.numel() == size
 
 
 def test_flashinfer_has_no_such_mode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def decode_arguments(problem: Problem, plan: flashmla_backend.DecodePlan) -> tup
         plan.split_offsets,
         plan.partial_out,
         plan.partial_lse,
-        plan.subtrees,
+        plan.rooms,
         0.1,
         True,
         plan.max_leaves,

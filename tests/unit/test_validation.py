@@ -43,7 +43,7 @@ DECODE = {
     "partial_out": 16,
     "partial_lse": 4,
     "max_leaves": 0,
-    "subtrees": 0,
+    "rooms": 0,
     "stream": 0,
 }
 SCHEDULE = {
@@ -88,7 +88,7 @@ BOUNDS = {
         ({"planned_lens": 2}, "planned_lens is at 0x2; .* aligned to 4 bytes"),
         ({"planned_lens": 4, "faults": 12}, "faults is at 0xc; .* aligned to 8 bytes"),
         ({"max_leaves": 12}, "max_leaves is 12; accepted: 0 or a power of two up to 128"),
-        ({"max_leaves": 16}, "subtrees is null; accepted: a device pointer"),
+        ({"max_leaves": 16}, "rooms is null; accepted: a device pointer"),
         ({"kv_strides": (36860, 576, 576)}, "kv_page_stride is 36860 elements; accepted: a multiple of 8"),
         ({"kv_strides": (0, 576, 576)}, "kv_page_stride is 0 elements; .* from 8 up"),
         ({"page_size": 8}, "page_size is 8; accepted: 16, 32 or a multiple of 64"),

@@ -59,15 +59,15 @@ typedef struct flashmla_decode_params {
   float* partial_out;  // [splits, H_kv, rows, 512]
   float* partial_lse;  // [splits, H_kv, rows]; twice as many in batch-invariant mode
   // Batch-invariant mode, 16-byte aligned: for each thread block of the decode kernel two
-  // rooms for results that wait, of FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS for every 16 rows each; none
+  // rooms for results that wait, of FLASHMLA_ROOM_FLOATS_OF_16_ROWS for every 16 rows each; none
   // with a single leaf.
-  float* subtrees;
+  float* rooms;
 
   void* stream;  // cudaStream_t
 } flashmla_decode_params;
 
 // One such room: fp32 results of the rows of one thread block, in sixteens.
-enum { FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS = 2 * 32 * 33 * 4 };
+enum { FLASHMLA_ROOM_FLOATS_OF_16_ROWS = 2 * 32 * 33 * 4 };
 
 // Enqueues the decode and the combine kernel on the current device.
 // Errors: INVALID_ARGUMENT, UNSUPPORTED_DEVICE, CUDA_ERROR.

@@ -63,7 +63,7 @@ class Rooms {
     const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     real_ = row_begin + 16 * warp < a.rows;
     stride_ = 2 * warps * kVectors * 32;
-    own_ = a.subtrees + static_cast<int64_t>(block) * 2 * stride_ +
+    own_ = a.rooms + static_cast<int64_t>(block) * 2 * stride_ +
            (half * warps + warp) * kVectors * 32 + threadIdx.x % 32;
   }
 
@@ -108,7 +108,7 @@ class Rooms {
   static constexpr int kValues = 128 / 4;  // vectors of O
   static constexpr int kVectors = kValues + 1;
   static constexpr int kBatch = 8;  // vectors on their way
-  static_assert(2 * kVectors * 32 * 4 == FLASHMLA_SUBTREE_FLOATS_OF_16_ROWS, "as callers allocate");
+  static_assert(2 * kVectors * 32 * 4 == FLASHMLA_ROOM_FLOATS_OF_16_ROWS, "as callers allocate");
 
   __device__ __forceinline__ void store_state(float4* room, const RowState& first,
                                               const RowState& second) const {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "sm90/combine.cuh"
-#include "sm90/tree.cuh"
+#include "sm90/rooms.cuh"
 
 namespace flashmla {
 
@@ -50,15 +50,15 @@ __device__ __forceinline__ Node add_up(const Partials& partials, int first, int 
   return sum;
 }
 
-struct CombineTreeShared {
+struct CombineLeavesShared {
   float4 out[kCombineWarps][32];
   RowState state[kCombineWarps];
 };
 
 template <typename Element>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
-    combine_tree_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ CombineTreeShared shared;
+    combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
+  __shared__ CombineLeavesShared shared;
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int splits = __ldg(a.split_offsets + a.batch);
