@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -82,11 +83,10 @@ class Client:
         return await self._complete((phrase * self.longest)[: self.random.randint(10, self.longest // 3)])
 
     async def prefix(self) -> int:
-        prefix, tokens = self.random.choice(self.prefixes), 0
-        for _ in range(2):  # the second finds the pages of the first, unless others needed them
-            tail = self.random.choices(TEXT_TOKENS, k=self.random.randint(1, self.longest // 8))
-            tokens += await self._complete(prefix + tail)
-        return tokens
+        prefix = self.random.choice(self.prefixes)
+        tails = [self.random.choices(TEXT_TOKENS, k=self.random.randint(1, self.longest // 8)) for _ in range(2)]
+        # At once: the second finds the pages of the first before others can need them.
+        return sum(await asyncio.gather(*(self._complete(prefix + tail) for tail in tails)))
 
     async def streamed(self) -> int:
         return await self._stream(leave_after=None)
