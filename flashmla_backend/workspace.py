@@ -10,6 +10,8 @@ from flashmla_backend.leaves import max_leaves, room_floats
 from flashmla_backend.paging import D_V, describe
 from flashmla_backend.schedule import max_splits, num_parts, row_tiles_of
 
+ALIGNMENT = 128  # bytes: partial results are discarded from the L2 cache line by line
+
 
 def workspace_size(
     device: torch.device,
@@ -26,12 +28,13 @@ def workspace_size(
 
 
 def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant: bool) -> tuple[int, int, int]:
-    """fp32 elements for partial outputs, for rooms (of results that wait) and for partial LSEs."""
+    """fp32 elements' worth for partial outputs, for rooms (of results that wait) and for partial LSEs."""
     if path != "sm90":
         return 0, 0, 0
     row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
-    scratch = room_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
-    return partial_rows * D_V, scratch, partial_rows * (2 if batch_invariant else 1)
+    if not batch_invariant:
+        return partial_rows * D_V // 2, 0, partial_rows * 2
+    return partial_rows * D_V, room_floats(rows, row_tiles * parts, max_leaves(row_tiles)), partial_rows * 2
 
 
 def make_workspaces(
@@ -42,10 +45,10 @@ def make_workspaces(
     batch_invariant: bool = False,
     storage: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] and [max_splits, H_kv, rows] fp32; in
-    batch-invariant mode twice the latter, and the thread blocks' scratch.
+    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] fp16, fp32 in batch-invariant mode,
+    [max_splits, H_kv, rows, 2] fp32 of what belongs to their rows, and in that mode the thread blocks' scratch.
 
-    The first elements of `storage`, an fp32 vector; by default newly allocated.
+    The first elements of `storage`, an fp32 vector that begins at a multiple of 128 bytes; by default newly allocated.
     """
     sizes = workspace_sizes(path, part_offsets.shape[0] - 1, rows, h_kv, batch_invariant)
     if storage is None:
@@ -56,5 +59,11 @@ def make_workspaces(
         raise InvalidArgument(
             f"workspace is on {storage.device}, seq_lens on {part_offsets.device}; accepted: the same device"
         )
+    if storage.is_cuda and storage.data_ptr() % ALIGNMENT:
+        raise InvalidArgument(
+            f"workspace begins {storage.data_ptr() % ALIGNMENT} bytes after a multiple of {ALIGNMENT}; accepted: a "
+            "multiple, where torch's own allocations begin"
+        )
     out, rooms, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows), rooms
+    partial_out = out if batch_invariant else out.view(torch.float16)
+    return partial_out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows, 2), rooms

@@ -115,8 +115,8 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
   p.split_offsets = pointer<const int32_t>(split_offsets);
   p.planned_lens = pointer<const int32_t>(planned_lens);
   p.faults = pointer<flashmla_fault_box>(faults);
-  p.partial_out = pointer<float>(partial_out);
-  p.partial_lse = pointer<float>(partial_lse);
+  p.partial_out = pointer<void>(partial_out);
+  p.partial_lse = pointer<void>(partial_lse);
   p.max_leaves = max_leaves;
   p.rooms = pointer<float>(rooms);
   check(flashmla_decode(&p));

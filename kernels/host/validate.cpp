@@ -138,7 +138,7 @@ flashmla_status validate(const flashmla_decode_params& p) {
       pointer("items", p.items, 16), pointer("part_offsets", p.part_offsets, 4),
       pointer("split_offsets", p.split_offsets, 4), [&] { return check_planned(p); },
       pointer("out", p.out, 16), pointer("lse", p.lse, 4),
-      pointer("partial_out", p.partial_out, 16), pointer("partial_lse", p.partial_lse, 4),
+      pointer("partial_out", p.partial_out, 128), pointer("partial_lse", p.partial_lse, 8),
       [&] { return p.max_leaves > 1 ? check_pointer("rooms", p.rooms, 16) : FLASHMLA_OK; });
 }
 

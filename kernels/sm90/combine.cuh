@@ -3,85 +3,106 @@
 #pragma once
 
 #include "sm90/decode_params.cuh"
+#include "sm90/ptx/keep.cuh"
 #include "sm90/ptx/sync.cuh"
 #include "sm90/softmax.cuh"
 
 namespace flashmla {
 
-constexpr int kCombineWarps = 8;
+constexpr int kCombineWarps = 16;
 constexpr int kCombineThreads = 32 * kCombineWarps;
-constexpr int kCombineBlocksPerSm = 2;
-constexpr int kRowVectors = kLatent / 128;  // 16-byte vectors that a lane holds of a whole row
-constexpr int kVectorsInFlight = 16;        // that a lane has on their way
+constexpr int kCombineBlocksPerSm = 1;
+constexpr int kVectorColumns = 8;   // fp16 values in 16 bytes
+constexpr int kSplitsInFlight = 8;  // whose vectors a lane has on their way
+static_assert(32 * kVectorColumns == kLatent / 2, "a warp's vectors are half a row of O");
 
-// A running sum of weighted partial results; a lane holds vectors `lane + 32 v` of its columns.
-template <int kVectors>
+// A running sum of weighted partial results of half a row; a lane holds one vector of it.
 struct Merge {
   float maximum = kNegativeInfinity, sum = 0.0f;
-  float4 out[kVectors] = {};
+  float out[kVectorColumns] = {};
 
   __device__ __forceinline__ void scale(float next) {
     const float weight = __expf(maximum - next);
     maximum = next;
     sum *= weight;
 #pragma unroll
-    for (float4& x : out) x = make_float4(x.x * weight, x.y * weight, x.z * weight, x.w * weight);
+    for (float& x : out) x *= weight;
   }
 
-  // Adds `x`, which is itself a sum of weights `x_sum` relative to `x_maximum` <= maximum.
-  __device__ __forceinline__ void add(const float4 (&x)[kVectors], float x_maximum, float x_sum) {
+  // Counts in a sum of weights `x_sum` relative to `x_maximum` <= maximum; returns its weight.
+  __device__ __forceinline__ float weigh(float x_maximum, float x_sum) {
     const float weight = __expf(x_maximum - maximum);
-    // A piece that holds no token this row sees weighs nothing, whatever its result.
-    if (weight == 0.0f) return;
     sum = fmaf(weight, x_sum, sum);
+    return weight;
+  }
+
+  __device__ __forceinline__ void add(const uint4& x, float weight) {
+    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      out[v].x = fmaf(weight, x[v].x, out[v].x);
-      out[v].y = fmaf(weight, x[v].y, out[v].y);
-      out[v].z = fmaf(weight, x[v].z, out[v].z);
-      out[v].w = fmaf(weight, x[v].w, out[v].w);
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+      out[2 * i] = fmaf(weight, pair.x, out[2 * i]);
+      out[2 * i + 1] = fmaf(weight, pair.y, out[2 * i + 1]);
     }
   }
 
-  // `count` partial results that lie `stride` rows apart, from `partial_out` and `partial_lse` on.
-  __device__ __forceinline__ void add_splits(const float4* partial_out, const float* partial_lse,
-                                             int64_t stride, int count) {
-    constexpr int kBatch = kVectorsInFlight / kVectors;
-    for (int base = 0; base < count; base += kBatch) {
-      float lse[kBatch];
-      float4 x[kBatch][kVectors];
+  // `count` partial results that lie `stride` rows apart, from `partial_out` and `states` on; the
+  // latter are PartialStates.
+  __device__ __forceinline__ void add_splits(const uint4* partial_out, const uint2* states,
+                                             int half, int64_t stride, int count, bool discards) {
+    const int64_t next_split = stride * (kLatent / kVectorColumns);
+    for (int base = 0; base < count; base += kSplitsInFlight) {
+      float lse[kSplitsInFlight];
+      uint32_t scales[kSplitsInFlight];
+      uint4 x[kSplitsInFlight];
+      const uint4* const first = partial_out;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kSplitsInFlight; ++i) {
         lse[i] = kNegativeInfinity;
         if (base + i < count) {
-          lse[i] = __ldcs(partial_lse);
-#pragma unroll
-          for (int v = 0; v < kVectors; ++v) x[i][v] = __ldcs(partial_out + 32 * v);
+          const uint2 state = __ldcs(states);
+          lse[i] = __uint_as_float(state.x), scales[i] = state.y;
+          x[i] = __ldcs(partial_out);
         }
-        partial_lse += stride;
-        partial_out += stride * (kLatent / 4);
+        states += stride;
+        partial_out += next_split;
       }
       float next = maximum;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) next = fmaxf(next, lse[i]);
-      if (next == kNegativeInfinity) continue;
-      scale(next);
+      for (int i = 0; i < kSplitsInFlight; ++i) next = fmaxf(next, lse[i]);
+      if (next != kNegativeInfinity) {
+        scale(next);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) add(x[i], lse[i], 1.0f);
+        for (int i = 0; i < kSplitsInFlight; ++i) {
+          const float weight = weigh(lse[i], 1.0f);
+          // A piece that holds no token this row sees weighs nothing, whatever its result.
+          if (weight == 0.0f) continue;
+          const uint32_t scale = half == 0 ? scales[i] << 16 : scales[i] & 0xffff0000;
+          add(x[i], weight * __uint_as_float(scale));
+        }
+      }
+      if (discards) {
+        __syncwarp();  // all lanes have read theirs
+        const int read = min(kSplitsInFlight, count - base);
+        for (int i = threadIdx.x % 8; i < read; i += 8)
+          ptx::discard_line(first - threadIdx.x % 8 + i * next_split);
+      }
     }
   }
 
+  // Every lane its own vector of the row's half.
   template <typename Element>
-  __device__ __forceinline__ void store(void* out_row, float* lse) const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ void store(uint4* out_vector) const {
     const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    uint32_t pairs[4];
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      static_cast<uint2*>(out_row)[lane + 32 * v] =
-          make_uint2(pack<Element>(out[v].x * inverse, out[v].y * inverse),
-                     pack<Element>(out[v].z * inverse, out[v].w * inverse));
-    }
-    if (lane == 0) *lse = sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = pack<Element>(out[2 * i] * inverse, out[2 * i + 1] * inverse);
+    *out_vector = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+
+  __device__ __forceinline__ float log_sum() const {
+    return sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
   }
 };
 
@@ -117,83 +138,81 @@ struct CutRequests {
   }
 };
 
-struct CombineShared {
-  float4 out[kCombineWarps][kRowVectors][32];
-  float maximum[kCombineWarps], sum[kCombineWarps];
-};
+// One warp's Merge on its way to another.
+struct SharedMerge {
+  float out[kVectorColumns][32];
+  float maximum, sum;
 
-// `group` warps of a thread block share the pieces of a row's 128 kVectors columns, each taking
-// every group-th one.
-template <typename Element, int kVectors>
-__device__ __forceinline__ void merge_rows(const DecodeArguments& a, CombineShared& shared,
-                                           const CutRequests& requests, int cut, int group) {
-  constexpr int kChunks = kRowVectors / kVectors;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, member = warp % group;
-  const int rows = a.h_kv * a.rows, units = cut * rows * kChunks;
-  const int64_t stride = rows;
-  const int per_round = gridDim.x * (kCombineWarps / group);
-  for (int base = 0; base < units; base += per_round) {
-    // Neighbours go to different thread blocks: few rows, many SMs.
-    const int unit = base + warp / group * gridDim.x + blockIdx.x;
-    const bool real = unit < units;
-    const int chunk = unit % kChunks, row = unit / kChunks % rows;
-    int request = 0;
-    Merge<kVectors> merge;
-    if (real) {
-      request = unit / kChunks / rows;
-      if (cut < a.batch) request = requests.find(request);
-      const int first = __ldg(a.split_offsets + request),
-                count = __ldg(a.split_offsets + request + 1) - first;
-      const int64_t source = (first + member) * stride + row;
-      merge.add_splits(reinterpret_cast<const float4*>(a.partial_out + source * kLatent) +
-                           32 * kVectors * chunk + lane,
-                       a.partial_lse + source, group * stride,
-                       (count - member + group - 1) / group);
-    }
-    if (group > 1) {
+  __device__ __forceinline__ void put(const Merge& merge) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) shared.out[warp][v][lane] = merge.out[v];
-      if (lane == 0) shared.maximum[warp] = merge.maximum, shared.sum[warp] = merge.sum;
-      __syncthreads();
-      for (int other = warp + 1; member == 0 && other < warp + group; ++other) {
-        const float maximum = shared.maximum[other];
-        if (maximum == kNegativeInfinity) continue;
-        float4 x[kVectors];
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) x[v] = shared.out[other][v][lane];
-        merge.scale(fmaxf(merge.maximum, maximum));
-        merge.add(x, maximum, shared.sum[other]);
-      }
-      __syncthreads();
-    }
-    if (real && member == 0) {
-      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
-      merge.template store<Element>(
-          static_cast<Element*>(a.out) + target * kLatent + 128 * kVectors * chunk, a.lse + target);
-    }
+    for (int i = 0; i < kVectorColumns; ++i) out[i][lane] = merge.out[i];
+    if (lane == 0) maximum = merge.maximum, sum = merge.sum;
   }
-}
+
+  __device__ __forceinline__ void add_to(Merge* merge) const {
+    if (maximum == kNegativeInfinity) return;
+    merge->scale(fmaxf(merge->maximum, maximum));
+    const float weight = merge->weigh(maximum, sum);
+    if (weight == 0.0f) return;
+#pragma unroll
+    for (int i = 0; i < kVectorColumns; ++i)
+      merge->out[i] = fmaf(weight, out[i][threadIdx.x % 32], merge->out[i]);
+  }
+};
 
 template <typename Element>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     combine_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ CombineShared shared;
+  __shared__ SharedMerge shared[kCombineWarps];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int splits = __ldg(a.split_offsets + a.batch);
   if (splits == 0) return;
 
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = cut * a.h_kv * a.rows;
+  const int cut = requests.count(), rows = a.h_kv * a.rows, units = 2 * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
-  // As many warps to a row as there are, but no more than it has pieces.
-  if (rows * kRowVectors * kCombineWarps <= warps) {
-    merge_rows<Element, 1>(a, shared, requests, cut, kCombineWarps);
-  } else {
-    int group = 1;
-    while (2 * group <= kCombineWarps && rows * 2 * group <= warps && 2 * group * cut <= splits)
-      group *= 2;
-    merge_rows<Element, kRowVectors>(a, shared, requests, cut, group);
+  // The pieces of half a row are shared among as many warps as there are, but no more than it has
+  // pieces; each takes every group-th one.
+  int group = 1;
+  while (2 * group <= kCombineWarps && units * 2 * group <= warps && 2 * group * cut <= splits)
+    group *= 2;
+  // Where few rows are many warps' work it would take longer than it saves.
+  const bool discards = group <= 4;
+  const int member = warp % group, per_round = gridDim.x * (kCombineWarps / group);
+  for (int base = 0; base < units; base += per_round) {
+    // Neighbours go to different thread blocks: few rows, many SMs.
+    const int unit = base + warp / group * gridDim.x + blockIdx.x;
+    const bool real = unit < units;
+    const int half = unit % 2, row = unit / 2 % rows;
+    int request = 0;
+    Merge merge;
+    if (real) {
+      request = unit / 2 / rows;
+      if (cut < a.batch) request = requests.find(request);
+      const int first = __ldg(a.split_offsets + request),
+                count = __ldg(a.split_offsets + request + 1) - first;
+      const int64_t source = static_cast<int64_t>(first + member) * rows + row;
+      merge.add_splits(static_cast<const uint4*>(a.partial_out) +
+                           source * (kLatent / kVectorColumns) + 32 * half + lane,
+                       static_cast<const uint2*>(a.partial_lse) + source, half,
+                       static_cast<int64_t>(group) * rows, (count - member + group - 1) / group,
+                       discards);
+    }
+    for (int step = group / 2; step > 0; step /= 2) {  // the upper half of members to the lower
+      if (member >= step && member < 2 * step) shared[warp].put(merge);
+      __syncthreads();
+      if (member < step) shared[warp + step].add_to(&merge);
+    }
+    if (group > 1) __syncthreads();  // the next round writes what may still be read
+    if (real && member == 0) {
+      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
+      merge.store<Element>(reinterpret_cast<uint4*>(static_cast<Element*>(a.out)) +
+                           target * (kLatent / kVectorColumns) + 32 * half + lane);
+      if (half == 0 && lane == 0) a.lse[target] = merge.log_sum();
+    }
   }
 }
 

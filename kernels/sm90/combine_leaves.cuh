@@ -6,6 +6,9 @@
 
 namespace flashmla {
 
+constexpr int kLeafRowVectors = kLatent / 128;  // 16-byte vectors of fp32 that a row is to a lane
+constexpr int kLeavesInFlight = 8;
+
 // A result; a lane holds one vector of a row.
 struct Node {
   RowState state;
@@ -29,11 +32,17 @@ struct Partials {
     const Node node{states[i * stride], __ldcs(out + i * stride * (kLatent / 4))};
     return node.state.sum == 0.0f ? Node{node.state, {}} : node;
   }
+
+  // After the whole warp has read it.
+  __device__ __forceinline__ void discard(int i) const {
+    if (threadIdx.x % 8 == 0) ptx::discard_line(out + i * stride * (kLatent / 4));
+  }
 };
 
 // The sum of `count` partial results from `first` on, from left to right.
-__device__ __forceinline__ Node add_up(const Partials& partials, int first, int count) {
-  constexpr int kBatch = kVectorsInFlight / 2;
+__device__ __forceinline__ Node add_up(const Partials& partials, int first, int count,
+                                       bool discards) {
+  constexpr int kBatch = kLeavesInFlight;
   Node sum = partials.load(first);
 #pragma unroll 1
   for (int begin = 1; begin < count; begin += kBatch) {
@@ -46,6 +55,10 @@ __device__ __forceinline__ Node add_up(const Partials& partials, int first, int 
     for (int i = 0; i < kBatch; ++i) {
       if (begin + i < count) sum.add(next[i]);
     }
+  }
+  if (discards) {
+    __syncwarp();
+    for (int i = first; i < first + count; ++i) partials.discard(i);
   }
   return sum;
 }
@@ -66,28 +79,28 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = a.h_kv * a.rows, units = cut * rows * kRowVectors;
+  const int cut = requests.count(), rows = a.h_kv * a.rows, units = cut * rows * kLeafRowVectors;
   // A warp for each half of a row, where there are as many.
   const int group = 2 * units <= static_cast<int>(gridDim.x) * kCombineWarps ? 2 : 1;
   const int member = warp % group, per_round = gridDim.x * (kCombineWarps / group);
   for (int base = 0; base < units; base += per_round) {
     const int unit = base + warp / group * gridDim.x + blockIdx.x;
     const bool real = unit < units;
-    const int chunk = unit % kRowVectors, row = unit / kRowVectors % rows;
+    const int chunk = unit % kLeafRowVectors, row = unit / kLeafRowVectors % rows;
     int request = 0;
     Node node{};
     if (real) {
-      request = unit / kRowVectors / rows;
+      request = unit / kLeafRowVectors / rows;
       if (cut < a.batch) request = requests.find(request);
       const int first = __ldg(a.split_offsets + request),
                 count = __ldg(a.split_offsets + request + 1) - first;
       // Its pieces are halves, or the leaves of both.
       const int64_t source = static_cast<int64_t>(first) * rows + row;
       const Partials partials{
-          reinterpret_cast<const float4*>(a.partial_out + source * kLatent) + 32 * chunk + lane,
+          static_cast<const float4*>(a.partial_out) + source * (kLatent / 4) + 32 * chunk + lane,
           reinterpret_cast<const RowState*>(a.partial_lse) + source, rows};
-      node = add_up(partials, member * count / 2, count / 2);
-      if (group == 1) node.add(add_up(partials, count / 2, count / 2));
+      node = add_up(partials, member * count / 2, count / 2, group == 1);
+      if (group == 1) node.add(add_up(partials, count / 2, count / 2, true));
     }
     if (group == 2) {
       shared.out[warp][lane] = node.out;

@@ -292,7 +292,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
                               : 1.0f;
       lse[r] = kInvariant ? softmax.row(r).lse() : softmax.log_sum(r);
     }
-    store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
+    store_output<Element, kInvariant>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -304,7 +304,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
           reinterpret_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
               softmax.row(r);
         } else {
-          a.partial_lse[partial_row(a, item.split, kv_head, row)] = lse[r];
+          reinterpret_cast<PartialState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)]
+              .lse = lse[r];
         }
       }
     }
@@ -382,7 +383,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     for (int r = 0; r < 2; ++r) {
       factor[r] = !kInvariant ? inverse_of(sum[r]) : item.split < 0 ? rows[r].inverse() : 1.0f;
     }
-    store_output<Element>(a, item, kv_head, row_begin, kLatent / 2, o, factor);
+    store_output<Element, kInvariant>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }
 

@@ -16,6 +16,13 @@ constexpr int kTileLog2 = 6;
 constexpr int kTileTokens = 1 << kTileLog2;  // KV tokens of a page as the schedule counts them
 constexpr int kTiles = kWidth / 64;
 
+// Beside a row of a partial result, the fp16 values of which are to be multiplied by the scale of
+// their half: a power of two, of which the upper half of a float is kept.
+struct alignas(8) PartialState {
+  float lse;
+  uint16_t scale[2];
+};
+
 struct DecodeArguments {
   CUtensorMap kv_map;  // dimensions: 64 columns, page_size rows, 9 column tiles, H_kv heads, pages
   flashmla_query q_latent, q_rope;
@@ -29,8 +36,8 @@ struct DecodeArguments {
   flashmla_fault_box* faults;
   void* out;
   float* lse;
-  float* partial_out;
-  float* partial_lse;
+  void* partial_out;
+  void* partial_lse;
   float4* rooms;
   int batch, s_q, h_q, h_kv;
   int group;           // h_q / h_kv

@@ -79,22 +79,58 @@ __device__ __forceinline__ void store_row(float* out, bool valid, int r, const f
   }
 }
 
-// O [64, 256] of this warpgroup, columns from `column`, to the output or to the partial results.
-template <typename Element>
+// The power of two that brings a row's largest magnitude to 2^14 .. 2^15, so that fp16 holds all
+// but the tiniest of its values in full precision; and its inverse.
+struct Fp16Scale {
+  float up, down;
+
+  __device__ __forceinline__ explicit Fp16Scale(float largest) {
+    const int exponent = __float_as_uint(largest) >> 23;  // of 255: infinite, or not a number
+    const int up_exponent = exponent == 255 ? 127 : min(127 + 14 - (exponent - 127), 230);
+    up = __uint_as_float(up_exponent << 23);
+    down = __uint_as_float((254 - up_exponent) << 23);
+  }
+};
+
+// The largest magnitude among a row's 256 columns.
+__device__ __forceinline__ float largest_of_row(const float (&o)[128], int r) {
+  float largest[4] = {};
+#pragma unroll
+  for (int i = 0; i < 64; ++i) {
+    largest[i % 4] = fmaxf(largest[i % 4], fabsf(o[4 * (i / 2) + 2 * r + i % 2]));
+  }
+  return quad_max(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])));
+}
+
+// One half of O, [64, 256] of this warpgroup, to the output or to the partial results: in free mode
+// as fp16, since writing and reading them back is what cutting costs; in batch-invariant mode as
+// fp32 sums that are not normalised.
+template <typename Element, bool kInvariant>
 __device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
-                                             int kv_head, int row_begin, int column,
+                                             int kv_head, int row_begin, int half,
                                              const float (&o)[128], const float (&inverse_sum)[2]) {
+  const int column = half * (kLatent / 2);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = min(row_begin + accumulator_row(r), a.rows - 1);
     const bool valid = row_begin + accumulator_row(r) < a.rows;
-    if (item.split >= 0) {
-      store_row(a.partial_out + partial_row(a, item.split, kv_head, row) * kLatent + column, valid,
-                r, o, inverse_sum[r]);
-    } else {
+    if (item.split < 0) {
       store_row(static_cast<Element*>(a.out) + output_row(a, item.request, kv_head, row) * kLatent +
                     column,
                 valid, r, o, inverse_sum[r]);
+      continue;
+    }
+    const int64_t partial = partial_row(a, item.split, kv_head, row);
+    if (kInvariant) {
+      store_row(static_cast<float*>(a.partial_out) + partial * kLatent + column, valid, r, o,
+                inverse_sum[r]);
+    } else {
+      const Fp16Scale scale(largest_of_row(o, r) * inverse_sum[r]);
+      store_row(static_cast<__half*>(a.partial_out) + partial * kLatent + column, valid, r, o,
+                inverse_sum[r] * scale.up);
+      if (valid && threadIdx.x % 4 == 0)
+        reinterpret_cast<PartialState*>(a.partial_lse)[partial].scale[half] =
+            __float_as_uint(scale.down) >> 16;
     }
   }
 }

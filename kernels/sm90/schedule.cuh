@@ -19,7 +19,6 @@ constexpr int kLevel = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;  // ranks: no cut, m pi
 constexpr int kCandidates = kLevel + 1;
 constexpr int kMaxParts = FLASHMLA_SCHEDULE_MAX_PARTS;
 constexpr int kPageTokens = 64;
-constexpr int kMinSplitPages = 2;
 constexpr int kDigits = 256;  // of the radix sort
 constexpr int64_t kNoProposal = INT64_MAX;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -96,8 +95,7 @@ __device__ __forceinline__ Range piece_range(int pages, int number, int count) {
 }
 
 __device__ __forceinline__ int piece_count(int pages, int cap, int max_leaves) {
-  if (pages < 2 * kMinSplitPages) return 1;
-  const int count = (pages + cap - 1) / cap;
+  const int count = pages == 0 ? 1 : (pages + cap - 1) / cap;
   if (max_leaves == 0 || count == 1) return count;
   const int leaves = leaf_count(pages, max_leaves);
   return count == 2 && leaves > 1 ? 2 : leaves;  // halves
@@ -123,7 +121,7 @@ class Scheduler {
     // Leaves and halves have no more pages than the longest request, free pieces no more than the
     // cap.
     const int most = a_.max_leaves == 0 ? cap : longest;
-    sort(most > kMinSplitPages ? most : 2 * kMinSplitPages - 1);
+    sort(most);
     return total_cost(deal());
   }
 
@@ -153,9 +151,9 @@ class Scheduler {
   }
 
  private:
-  // Pages of every request; returns the most, at least kMinSplitPages.
+  // Pages of every request; returns the most, at least 1.
   __device__ int read_pages() {
-    int longest = kMinSplitPages;
+    int longest = 1;
     for (int i = thread_; i < a_.batch; i += kThreads) {
       const int tokens = a_.seq_lens[i];
       const int pages = tokens > 0 ? (tokens - 1) / kPageTokens + 1 : 0;
@@ -168,7 +166,7 @@ class Scheduler {
   }
 
   __device__ int smallest_cap(int limit, int longest) {
-    int low = kMinSplitPages, high = longest;
+    int low = 1, high = longest;
     while (low < high) {  // the number of pieces falls as the cap grows
       const int middle = (low + high) / 2;
       int pieces = 0;
@@ -207,8 +205,7 @@ class Scheduler {
     if (a_.batch + a_.parts > FLASHMLA_SCHEDULE_MAX_ROUNDS * a_.parts) return kNoProposal;
     read_pages();
     const int64_t total = fill_starts(), share = (total + a_.parts - 1) / a_.parts;
-    if (share < a_.cost.item + static_cast<int64_t>(kMinSplitPages) * a_.cost.page)
-      return kNoProposal;
+    if (share < a_.cost.item + a_.cost.page) return kNoProposal;
     Boundaries& boundaries = w_.fixed->boundaries;
     // One boundary a thread. A piece that begins at the n-th cut has n cuts before it, and as many
     // whole requests as its own has predecessors: that numbers pieces along the line.
@@ -286,9 +283,8 @@ class Scheduler {
     return total;
   }
 
-  // The last page boundary at or before `position` of the line, moved to an end of its request
-  // where a piece would be smaller than kMinSplitPages. The end of a request is the begin of the
-  // next.
+  // The last page boundary at or before `position` of the line. The end of a request is the begin
+  // of the next.
   __device__ void cut_at(int64_t position, int* request, int* page) const {
     *page = 0;
     *request = a_.batch;
@@ -304,13 +300,7 @@ class Scheduler {
     }
     *request = low;
     const int64_t inside = position - w_.starts[low] - a_.cost.item;
-    const int own = inside > 0 ? static_cast<int>(inside / a_.cost.page) : 0;
-    if (own < kMinSplitPages) return;
-    if (w_.pages[low] - own >= kMinSplitPages) {
-      *page = own;
-    } else {
-      *request = low + 1;
-    }
+    *page = inside > 0 ? static_cast<int>(inside / a_.cost.page) : 0;
   }
 
   // Boundaries inside a request: those of it less the one at its begin, if there is one.

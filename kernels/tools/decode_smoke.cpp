@@ -196,7 +196,7 @@ class Case {
     flashmla_schedule_params p{};
     p.batch = shape_.batch();
     p.num_parts = plan_.parts;
-    p.cost = {1800, 2400, 300, 24, 1300, 128};
+    p.cost = {1400, 2400, 300, 24, 2000, 48};
     p.seq_lens = seq_lens_.get();
     p.items = items_.get();
     p.part_offsets = part_offsets_.get();

@@ -88,7 +88,7 @@ class Source {
   // An address that nobody may follow.
   template <typename T>
   T* address() {
-    return reinterpret_cast<T*>(number<uintptr_t>(0x7000'0000'0010));
+    return reinterpret_cast<T*>(number<uintptr_t>(0x7000'0000'0080));
   }
 
  private:
@@ -131,7 +131,7 @@ bool documented(const flashmla_decode_params& p) {
   return strides({p.kv_page_stride, p.kv_row_stride, p.kv_head_stride}, 8) && aligned(p.kv, 16) &&
          aligned(p.seq_lens, 4) && aligned(p.block_table, 4) && aligned(p.items, 16) &&
          aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4) && aligned(p.out, 16) &&
-         aligned(p.lse, 4) && aligned(p.partial_out, 16) && aligned(p.partial_lse, 4) &&
+         aligned(p.lse, 4) && aligned(p.partial_out, 128) && aligned(p.partial_lse, 8) &&
          (p.planned_lens == nullptr || (aligned(p.planned_lens, 4) && aligned(p.faults, 8))) &&
          (p.max_leaves <= 1 || aligned(p.rooms, 16));
 }
@@ -202,8 +202,8 @@ bool fuzz_decode(Source source) {
   p.split_offsets = source.address<int32_t>();
   p.out = source.address<void>();
   p.lse = source.address<float>();
-  p.partial_out = source.address<float>();
-  p.partial_lse = source.address<float>();
+  p.partial_out = source.address<void>();
+  p.partial_lse = source.address<void>();
   p.planned_lens = source.address<int32_t>();
   p.faults = source.address<flashmla_fault_box>();
   p.max_leaves = source.number(16);

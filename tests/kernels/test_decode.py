@@ -12,6 +12,7 @@ import flashmla_backend
 from flashmla_backend import InvalidArgument
 from flashmla_backend.flash_mla import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_backend.paging import PAGE_SIZES
+from flashmla_backend.workspace import workspace_size
 from tests.isolation import MODES
 from tests.kernels.problems import (
     DTYPES,
@@ -123,6 +124,35 @@ def test_edge_lengths(length: int) -> None:
     assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
 
 
+CUT = [5000, 64, 700, 130]  # lengths of which some are cut, whatever the heads
+
+
+@pytest.mark.parametrize("exponent", [-80, -20, 20, 80])
+@pytest.mark.parametrize("h_q", [1, 16, 126])
+def test_partial_results_keep_their_precision_at_any_magnitude(h_q: int, exponent: int) -> None:
+    """A cache of other powers of two, and queries of the inverse ones: the same scores, and the same bits of O."""
+    problem = make_problem(CUT, h_q=h_q)
+    plan = plan_of(problem, causal=True)
+    assert plan.split_offsets[-1] > 0
+    out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+    other = problem.q * 2.0**-exponent, problem.kv_cache * 2.0**exponent
+    scaled, scaled_lse = flashmla_backend.mla_decode(*other, plan, softmax_scale=SCALE)
+    assert torch.equal(scaled.double(), out.double() * 2.0**exponent) and torch.equal(lse, scaled_lse)
+
+
+def test_partial_results_keep_columns_of_all_magnitudes() -> None:
+    """Every column of V is of a magnitude of its own, down to 2^-40: each is as precise as it would be alone."""
+    problem = make_problem(CUT, h_q=16)
+    magnitudes = 2.0 ** -(torch.arange(512, device="cuda") * 37 % 41)
+    for rows in (problem.kv_cache, problem.tokens):
+        rows[..., :512] *= magnitudes
+    out, lse = decode(problem, causal=True)
+    expected_out, expected_lse = oracle(problem, causal=True)
+    fine = magnitudes > 2.0**-28  # what fp16 holds in full below a row's largest
+    assert fault(out / magnitudes * fine, lse, expected_out / magnitudes * fine, expected_lse) is None
+    assert (out - expected_out).abs()[..., ~fine].max() < 2.0**-38
+
+
 def test_queries_outnumber_tokens_without_a_mask() -> None:
     problem = make_problem([1, 3, 7, 8, 66, 300], s_q=8, h_q=4)
     assert fault(*decode(problem, causal=False), *oracle(problem, causal=False)) is None
@@ -201,6 +231,13 @@ def test_drop_in(style: str) -> None:
         assert (lse[0] == float("inf")).all()
         lse = lse.where(lse != float("inf"), float("-inf")).transpose(1, 2)
         assert fault(out, lse, expected_out, expected_lse) is None
+
+
+def test_a_workspace_between_cache_lines_is_refused() -> None:
+    problem = make_problem([100], h_q=8)
+    storage = torch.empty(workspace_size(problem.q.device, s_q=1, h_q=8) + 8, device="cuda")
+    with pytest.raises(InvalidArgument, match="workspace begins 32 bytes after a multiple of 128; accepted"):
+        plan_of(problem, causal=True, workspace=storage[8:])
 
 
 def test_unsuitable_input_is_refused_by_name() -> None:

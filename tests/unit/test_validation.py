@@ -9,7 +9,7 @@ import pytest
 
 from flashmla_backend import native, sm90
 from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES
-from flashmla_backend.schedule import MAX_ROUNDS, MIN_SPLIT_PAGES, TILE_TOKENS
+from flashmla_backend.schedule import MAX_ROUNDS, TILE_TOKENS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -40,8 +40,8 @@ DECODE = {
     "faults": 0,
     "out": 16,
     "lse": 4,
-    "partial_out": 16,
-    "partial_lse": 4,
+    "partial_out": 128,
+    "partial_lse": 8,
     "max_leaves": 0,
     "rooms": 0,
     "stream": 0,
@@ -164,7 +164,6 @@ def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
     "file, name, value",
     [
         ("include/flashmla/schedule.h", "FLASHMLA_SCHEDULE_MAX_ROUNDS", MAX_ROUNDS),
-        ("sm90/schedule.cuh", "kMinSplitPages", MIN_SPLIT_PAGES),
         ("sm90/schedule.cuh", "kPageTokens", TILE_TOKENS),
         ("sm90/leaves.cuh", "kMinLeafPages", MIN_LEAF_PAGES),
         ("sm90/leaves.cuh", "kMinSharedLeafPages", MIN_SHARED_LEAF_PAGES),

@@ -35,8 +35,8 @@ typedef struct flashmla_decode_params {
   int max_leaves;       // batch-invariant mode: as the schedule was told; 0: off
   float softmax_scale;  // > 0
 
-  // q_latent, q_rope, kv, out, partial_out are 16-byte aligned. With a batch of 0 no pointer and no
-  // stride is looked at.
+  // q_latent, q_rope, kv, out are 16-byte aligned, partial_out 128-byte. With a batch of 0 no
+  // pointer and no stride is looked at.
   flashmla_query q_latent;  // columns 0 .. 511 of q
   flashmla_query q_rope;    // columns 512 .. 575; the two may lie anywhere
   const void* kv;
@@ -54,10 +54,10 @@ typedef struct flashmla_decode_params {
   const int32_t* planned_lens;  // [B] of flashmla_check_bounds; null: lengths are not checked
   flashmla_fault_box* faults;   // null only with planned_lens
 
-  void* out;           // [B, S_q, H_q, 512] contiguous
-  float* lse;          // [B, S_q, H_q]
-  float* partial_out;  // [splits, H_kv, rows, 512]
-  float* partial_lse;  // [splits, H_kv, rows]; twice as many in batch-invariant mode
+  void* out;          // [B, S_q, H_q, 512] contiguous
+  float* lse;         // [B, S_q, H_q]
+  void* partial_out;  // [splits, H_kv, rows, 512] fp16; fp32 in batch-invariant mode
+  void* partial_lse;  // [splits, H_kv, rows, 8 bytes] what belongs to a row of it; 8-byte aligned
   // Batch-invariant mode, 16-byte aligned: for each thread block of the decode kernel two
   // rooms for results that wait, of FLASHMLA_ROOM_FLOATS_OF_16_ROWS for every 16 rows each; none
   // with a single leaf.

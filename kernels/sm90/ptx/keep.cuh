@@ -28,6 +28,12 @@ __device__ __forceinline__ void store_kept(float2* to, float2 x) {
                : "memory");
 }
 
+// L2 need not write these 128 bytes, a line, to memory: nobody reads them before they are written
+// again (PTX: discard).
+__device__ __forceinline__ void discard_line(const void* line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
+}
+
 // Additions that the memory does: nothing is returned, so nothing is waited for. They round to
 // nearest; numbers too small for a normal float are zero (PTX: red).
 __device__ __forceinline__ void add_kept(float4* to, float4 x) {
