@@ -225,7 +225,9 @@ def cost_model(reports: Reports) -> str:
     shown = {"page": "a page", "item": "an item", "empty_item": "an empty item", "memory": "a page read by all"}
     shown |= {"reduction": "a reduction", "partial_row": "a partial row"}
     costs = schedule.costs()
-    return markdown([shown.get(key, key) for key in costs], [[f"{value} ns" for value in costs.values()]])
+    units = {"partial_row": "ps"}
+    values = [f"{value} {units.get(key, 'ns')}" for key, value in costs.items()]
+    return markdown([shown.get(key, key) for key in costs], [values])
 
 
 def schedule_drawn(reports: Reports) -> str:

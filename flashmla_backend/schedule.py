@@ -17,7 +17,8 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
 In batch-invariant mode a request is cut into its two halves or into all its leaves (see `leaves`), and there is no
 level.
 
-Short requests are never cut: a second piece costs a prologue and a reduction, more than it saves.
+Pieces are whole pages. Whether a short request is worth a second one, with its prologue and a reduction, is for the
+cost model to say.
 
 Everything is integer arithmetic on lengths: the same input gives the same schedule, on any machine.
 """
@@ -34,7 +35,6 @@ from flashmla_backend.leaves import leaf_count, max_leaves
 TILE_TOKENS = 64
 TILE_ROWS = 64
 MAX_ROUNDS = 6
-MIN_SPLIT_PAGES = 2  # the smallest piece worth a thread block; shorter than two of them is never cut
 
 
 class WorkItem(NamedTuple):
@@ -50,12 +50,12 @@ class WorkItem(NamedTuple):
 class CostModel:
     """Predicted nanoseconds on an H100; only their ratios steer the schedule."""
 
-    page: int = 1800  # one 64-token page in a part that need not wait for memory
+    page: int = 1400  # one 64-token page in a part that need not wait for memory
     item: int = 2400  # prologue (Q, first page) and epilogue of one work item
     empty_item: int = 300  # a request without tokens only stores zeros
     memory: int = 24  # reading one page, when all parts share the memory: they finish together, whoever is ahead
-    reduction: int = 1300  # launching the combine ...
-    partial_row: int = 2  # ... and storing and reading back one row of a partial result, 2 KB
+    reduction: int = 2000  # launching the combine ...
+    partial_row: int = 750  # ... and picoseconds for storing and reading back one row of a partial result, 1 KB
 
     def of_item(self, pages: int) -> int:
         return self.item + pages * self.page if pages else self.empty_item
@@ -67,7 +67,7 @@ class CostModel:
         return max(most, pages * self.memory + (most - mean) // 2)
 
     def of_partial(self, rows: int) -> int:
-        return min(rows * self.partial_row, 65535)  # as much as the device takes
+        return min(max(1, rows * self.partial_row // 1000), 65535)  # what the device takes
 
     def of_reduction(self, partials: int, rows: int) -> int:
         """Of `partials` partial results, `rows` rows each; their traffic is the whole machine's."""
@@ -184,9 +184,7 @@ def loads(hands: Hands, cost: CostModel) -> list[int]:
 
 
 def piece_count(pages: int, cap: int, most: int | None = None) -> int:
-    if pages < 2 * MIN_SPLIT_PAGES:
-        return 1
-    count = -(-pages // cap)
+    count = max(1, -(-pages // cap))
     if most is None or count == 1:
         return count
     leaves = leaf_count(pages, most)
@@ -208,12 +206,12 @@ def cut(pages: Sequence[int], cap: int, most: int | None = None) -> list[Piece]:
 
 def candidate_caps(pages: Sequence[int], parts: int, most: int | None = None) -> list[int]:
     """Caps to try, largest first: no cut, then the smallest cap that keeps to m pieces per part."""
-    longest = max(max(pages, default=0), MIN_SPLIT_PAGES)
+    longest = max([1, *pages])
     caps = {longest}
     for rounds in range(1, MAX_ROUNDS + 1):
         if len(pages) > rounds * parts:
             continue
-        low, high = MIN_SPLIT_PAGES, longest
+        low, high = 1, longest
         while low < high:  # the number of pieces falls as the cap grows
             middle = (low + high) // 2
             if sum(piece_count(n, middle, most) for n in pages) <= rounds * parts:
@@ -240,14 +238,14 @@ def deal(pieces: Sequence[Piece], parts: int, cost: CostModel) -> Hands:
 
 def level(pages: Sequence[int], parts: int, cost: CostModel) -> Hands | None:
     """Lay the requests end to end and cut at every part's equal share; None where the pieces would be too many or
-    too small."""
+    smaller than a page."""
     if len(pages) + parts > MAX_ROUNDS * parts:
         return None
     starts = [0]
     for n in pages:
         starts.append(starts[-1] + cost.of_item(n))
     share = -(-starts[-1] // parts)
-    if share < cost.item + MIN_SPLIT_PAGES * cost.page:
+    if share < cost.item + cost.page:
         return None
 
     hands: Hands = []
@@ -267,12 +265,8 @@ def level(pages: Sequence[int], parts: int, cost: CostModel) -> Hands | None:
 
 
 def cut_at(position: int, pages: Sequence[int], starts: Sequence[int], cost: CostModel) -> tuple[int, int]:
-    """Request and page where the line of requests is cut: the last page boundary at or before `position`, moved to the
-    request's begin or end where a piece would be smaller than MIN_SPLIT_PAGES."""
+    """Request and page where the line of requests is cut: the last page boundary at or before `position`."""
     if position >= starts[-1]:
         return len(pages), 0
     request = bisect_right(starts, position) - 1
-    own = max(position - starts[request] - cost.item, 0) // cost.page
-    if own < MIN_SPLIT_PAGES:
-        return request, 0
-    return (request, own) if pages[request] - own >= MIN_SPLIT_PAGES else (request + 1, 0)
+    return request, max(position - starts[request] - cost.item, 0) // cost.page

@@ -15,6 +15,7 @@ from flashmla_backend.bench.problems import Problem
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.paging import D_QK, D_V
 from flashmla_backend.schedule import pages_of
+from flashmla_backend.workspace import workspace_size
 
 Call = Callable[[], torch.Tensor]  # -> out [B, S_q, H_q, 512]
 Prepare = Callable[[Problem], list[Call]]  # one call for each rotation; planning happens here, outside the timing
@@ -33,9 +34,12 @@ class Contender(NamedTuple):
 
 
 def load_ours(device: torch.device, batch_invariant: bool = False) -> Prepare:
-    """The public API: a plan for the step, then the call of one layer."""
+    """The public API: a plan for the step, then the call of one layer; calls share a workspace, as layers do."""
 
     def prepare(problem: Problem) -> list[Call]:
+        size = workspace_size(device, s_q=problem.s_q, h_q=problem.heads, batch_invariant=batch_invariant)
+        workspace = torch.empty(size, device=device)
+
         def call(r: int) -> Call:
             plan = flashmla_backend.plan_decode(
                 problem.seq_lens,
@@ -44,6 +48,7 @@ def load_ours(device: torch.device, batch_invariant: bool = False) -> Prepare:
                 h_q=problem.heads,
                 num_pages=problem.cache.shape[0],
                 batch_invariant=batch_invariant,
+                workspace=workspace,
             )
             q, cache, scale = problem.queries[r], problem.cache, problem.softmax_scale
             return lambda: flashmla_backend.mla_decode(q, cache, plan, softmax_scale=scale)[0]
