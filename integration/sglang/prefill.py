@@ -20,7 +20,7 @@ from .dcp import reading_gathered
 if is_cuda():
     from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
-    class TritonPrefill(TritonAttnBackend):
+    class PrefillBackend(TritonAttnBackend):
         """SGLang's Triton backend. Its own DCP would have each rank attend with the queries of all."""
 
         def __init__(self, model_runner: Any, skip_prefill: bool = False) -> None:
@@ -38,13 +38,12 @@ if is_cuda():
             with reading_gathered(self, forward_batch):
                 return super().forward_extend(q, k, v, layer, forward_batch, *more, **by)
 
-    PrefillBackend = TritonPrefill
     # Prompts without a cached prefix run unabsorbed, with heads of 192 and 128 columns.
     dispatch = handle_attention_triton
 else:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-    class TorchPrefill(TorchNativeAttnBackend):
+    class PrefillBackend(TorchNativeAttnBackend):  # type: ignore[no-redef]
         """SGLang's torch backend with the constructor of its Triton backend."""
 
         def __init__(self, model_runner: Any, skip_prefill: bool = False) -> None:
@@ -69,8 +68,6 @@ else:
         for request, (first, last) in zip(forward_batch.req_pool_indices.tolist(), spans, strict=True):
             slots[request, : last - first] = gathered.dcp_kv_indices[first:last]
         return slots
-
-    PrefillBackend = TorchPrefill
 
     def dispatch(attn: Any, forward_batch: Any) -> Any:
         """Absorbed attention always: the torch backend finds keys and values in the latent cache only."""

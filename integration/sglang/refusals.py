@@ -71,13 +71,13 @@ def check_dcp(model_runner: Any, ranks: int) -> None:
     lacking = compat.missing(compat.USED_BY_DCP)
     if lacking is not None:
         raise Unsupported(
-            f"{size}, which {FLAG} serves in SGLang {'.'.join(map(str, compat.OLDEST_WITH_DCP))} and newer, as they merge "
-            f"outputs by a natural LSE: {lacking}; pass --dcp-size 1, or install one of these"
+            f"{size}, and {FLAG} needs a SGLang that merges the ranks' outputs by a natural LSE, as "
+            f"{'.'.join(map(str, compat.OLDEST_WITH_DCP))} and newer do: {lacking}; pass --dcp-size 1 or install one"
         )
     if compat.speculation(model_runner).speculative_algorithm is not None:
         raise Unsupported(
-            f"{size}, which gives each rank every {ranks}th token of a chain of drafts, and {FLAG} verifies whole "
-            "chains; pass --dcp-size 1 or drop --speculative-algorithm"
+            f"{size}, which deals the tokens of a chain of drafts out among the ranks, and {FLAG} verifies whole ones; "
+            "pass --dcp-size 1 or drop --speculative-algorithm"
         )
     if compat.scales_queries(model_runner):
         raise Unsupported(
