@@ -58,7 +58,11 @@ def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
                 : engine["tp_size"]
             ]  # SGLang's default is a NUMA node for each rank
             binding = "|".join(map(str, cores + cores[:1] * (engine["tp_size"] - len(cores))))
-            environment |= {"TRITON_INTERPRET": "1", "SGLANG_CPU_OMP_THREADS_BIND": binding}
+            environment |= {
+                "TRITON_INTERPRET": "1",
+                "SGLANG_CPU_OMP_THREADS_BIND": binding,
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
         answer, log = answered(Path(__file__).with_name(script), batches, engine, environment, tmp_path)
         return EngineRun(**answer, log=log)
 
