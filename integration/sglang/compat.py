@@ -60,6 +60,8 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+GATHERS_FOR_DCP = "prepare_context_parallel_metadata_for_dcp"  # of models that gather cached tokens for prompts
+
 # What DCP needs beside that, and older releases do not have.
 _DCP = "sglang.srt.layers.dcp"
 USED_BY_DCP: dict[str, dict[str, tuple[str, ...]]] = {
@@ -68,6 +70,7 @@ USED_BY_DCP: dict[str, dict[str, tuple[str, ...]]] = {
         "all_gather_kv_cache_for_mla_extend": ("dcp_kv_buffer", "dcp_extend_prefix_lens_sum"),
     },
     f"{_DCP}.planner": {"prepare_decode_context_parallel_metadata": ("extend_prefix_lens",)},
+    "sglang.srt.models.deepseek_v2": {f"DeepseekV2ForCausalLM.{GATHERS_FOR_DCP}": ("extend_prefix_lens",)},
 }
 
 

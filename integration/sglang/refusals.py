@@ -74,6 +74,11 @@ def check_dcp(model_runner: Any, ranks: int) -> None:
             f"{size}, and {FLAG} needs a SGLang that merges the ranks' outputs by a natural LSE, as "
             f"{'.'.join(map(str, compat.OLDEST_WITH_DCP))} and newer do: {lacking}; pass --dcp-size 1 or install one"
         )
+    if not hasattr(model_runner.model, compat.GATHERS_FOR_DCP):
+        raise Unsupported(
+            f"{size}, and SGLang gathers no cached tokens for prompts of {type(model_runner.model).__name__}; pass "
+            "--dcp-size 1"
+        )
     if compat.speculation(model_runner).speculative_algorithm is not None:
         raise Unsupported(
             f"{size}, which deals the tokens of a chain of drafts out among the ranks, and {FLAG} verifies whole ones; "

@@ -6,6 +6,7 @@ Every rank has a pool of its own, with NaN in each row that it was not given; th
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,7 @@ def rank_of(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int, page_size: i
     last = torch.tensor(LENGTHS) - 1
     fixture.forward_batch.out_cache_loc = table[torch.arange(len(LENGTHS)), last].long()
     monkeypatch.setattr(compat, "dcp_share", lambda: Share(rank, ranks))
+    monkeypatch.setattr(fixture.runner, "model", SimpleNamespace(**{compat.GATHERS_FOR_DCP: None}), raising=False)
     fixture.backend = type(fixture.backend)(fixture.runner)
     return fixture
 

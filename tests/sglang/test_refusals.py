@@ -27,6 +27,7 @@ def runner(**changes: Any) -> Any:
         "dtype": torch.bfloat16,
         "kv_cache_dtype": torch.bfloat16,
         "server_args": SimpleNamespace(enable_unified_memory=False),
+        "model": SimpleNamespace(**{compat.GATHERS_FOR_DCP: None}),
     }
     for name, value in changes.items():
         of_config = name.startswith("config_")
@@ -86,6 +87,11 @@ def test_prompts_over_a_shared_cache(option: str, two_ranks: None) -> None:
     options = SimpleNamespace(**{f"enable_{option}": True})
     with pytest.raises(Unsupported, match=f"dcp_size is 2, .*--dcp-size 1 or drop --enable-{option.replace('_', '-')}"):
         refusals.check_runner(runner(server_args=options))
+
+
+def test_models_whose_cached_tokens_are_not_gathered(two_ranks: None) -> None:
+    with pytest.raises(Unsupported, match=r"dcp_size is 2, and SGLang gathers no .* of Linear; pass --dcp-size 1"):
+        refusals.check_runner(runner(model=torch.nn.Linear(1, 1)))
 
 
 def test_verification_over_a_shared_cache(two_ranks: None, no_speculation: SimpleNamespace) -> None:
