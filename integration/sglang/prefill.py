@@ -1,13 +1,10 @@
 """What serves prompts: SGLang's own Triton backend, and on the CPU, where Triton does not run, its torch backend.
 
-Under DCP both are told of no ranks, and read the tokens that SGLang's models gathered; the rows they get are written by
-FlashMLABackend.
+Under DCP, which SGLang has on GPUs only, prompts read the tokens that its models gathered of all ranks.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,26 +45,6 @@ else:
 
         def __init__(self, model_runner: Any, skip_prefill: bool = False) -> None:
             super().__init__(model_runner)
-            self.req_to_token_pool: Any = model_runner.req_to_token_pool
-
-        def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *more: Any, **by: Any) -> Any:
-            table = self.req_to_token_pool
-            if forward_batch.attn_dcp_metadata is not None:
-                self.req_to_token_pool = SimpleNamespace(req_to_token=gathered_slots(table, forward_batch))
-            try:
-                with reading_gathered(self, forward_batch):
-                    return super().forward_extend(q, k, v, layer, forward_batch, *more, **by)
-            finally:
-                self.req_to_token_pool = table
-
-    def gathered_slots(table: Any, forward_batch: Any) -> torch.Tensor:
-        """The token table with rows of what is gathered as slots of the batch's requests: [requests, context]."""
-        gathered = forward_batch.attn_dcp_metadata
-        slots = torch.zeros_like(table.req_to_token)
-        spans = pairwise(gathered.dcp_kv_indptr.tolist())
-        for request, (first, last) in zip(forward_batch.req_pool_indices.tolist(), spans, strict=True):
-            slots[request, : last - first] = gathered.dcp_kv_indices[first:last]
-        return slots
 
     def dispatch(attn: Any, forward_batch: Any) -> Any:
         """Absorbed attention always: the torch backend finds keys and values in the latent cache only."""
