@@ -1,17 +1,27 @@
-"""What the benchmarks of SGLang share: backends by name, weights drawn on the device, and the comparison of answers.
+"""What the benchmarks of SGLang share: backends by name, engines in processes of their own, weights drawn on the
+device, and the comparison of answers.
 
 SGLang's workers import the file anew that was started, so `prepare()` at its top runs in each of them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
 import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from flashmla_backend.bench.backends import OURS
+from flashmla_backend.bench.child import last_lines
+from flashmla_backend.bench.serve.engine import OUR_LINE
 from flashmla_backend.integration.claim import DISABLE_VARIABLE
 from flashmla_backend.integration.sglang import cpu
 
@@ -49,6 +59,40 @@ def prepare() -> None:
     for name in ("BatchMLAPagedAttentionWrapper", "BatchPrefillWithRaggedKVCacheWrapper"):
         if not hasattr(flashinfer_mla_backend, name):  # FlashMLA makes them, and uses them for prompts only
             setattr(flashinfer_mla_backend, name, lambda *_, **__: None)
+
+
+def run_child(
+    name: str, backend: str, command: list[str], answer: Path, logs: Path, limit_s: float
+) -> tuple[dict[str, Any], str | None]:
+    """What a script with an engine of `backend` answered, as far as it came, and what went wrong.
+
+    name: of the log in the folder `logs`; command: the script and its arguments, which leave their answer as JSON.
+    Its processes end with it.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    log, started = logs / f"{name.replace(', ', '-')}.log", time.monotonic()
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, **selection(backend)[1]},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            problem = f"ended with code {code}" if (code := process.wait(limit_s)) else None
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {limit_s:.0f} s"
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a worker may outlive the engine, and hold its memory
+    served = OUR_LINE.search(log.read_text(errors="replace")) is not None
+    if problem is None and served != (backend == OURS):
+        problem = f"our backend {'served' if served else 'did not serve'}"
+    print(f"{name}: {problem or 'done'} in {time.monotonic() - started:.0f} s", flush=True)
+    found = json.loads(answer.read_text()) if answer.exists() else {}
+    return found, f"{problem} ({log}):\n{last_lines(log)}" if problem else None
 
 
 def prompt(length: int, seed: int) -> list[int]:

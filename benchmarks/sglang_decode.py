@@ -14,15 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,6 @@ import sglang_common as common
 import torch
 
 from flashmla_backend.bench import machine
-from flashmla_backend.bench.child import last_lines
 from flashmla_backend.bench.provenance import provenance, write
 from flashmla_backend.checkpoint import make_checkpoint
 from flashmla_backend.sglang_engine import IDLE_YARN, distribution
@@ -90,7 +85,9 @@ def main() -> int:
     backends = asked.backends.split(",")
     answers: dict[str, list[common.Answer]] = {}
     for number, backend in enumerate(backends):
-        found, problem = run_child(asked, backend, model, folder / f"{number}.json")
+        answer = folder / f"{number}.json"
+        command = [*sys.argv, "--backends", backend, "--run", str(answer), "--model", str(model)]
+        found, problem = common.run_child(backend, backend, command, answer, asked.logs, asked.limit)
         if "answers" in found:
             answers[backend] = found["answers"]
             report["runs"][backend] = {"steps": found["steps"]}
@@ -103,33 +100,6 @@ def main() -> int:
     write(report, asked.out)
     print_report(report, backends)
     return 1 if report["notes"] else 0
-
-
-def run_child(asked: argparse.Namespace, backend: str, model: Path, answer: Path) -> tuple[dict[str, Any], str | None]:
-    """What one backend answered, as far as it came, and what went wrong. Its processes end with it."""
-    asked.logs.mkdir(parents=True, exist_ok=True)
-    log, started = asked.logs / f"{backend}.log", time.monotonic()
-    command = [sys.executable, __file__, *sys.argv[1:], "--backends", backend]
-    environment = {**os.environ, **common.selection(backend)[1]}
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            [*command, "--run", str(answer), "--model", str(model)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            problem = f"ended with code {code}" if (code := process.wait(asked.limit)) else None
-        except subprocess.TimeoutExpired:
-            problem = f"not done after {asked.limit:.0f} s"
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a worker may outlive the engine, and hold its memory
-    print(f"{backend}: {problem or 'done'} in {time.monotonic() - started:.0f} s", flush=True)
-    found = json.loads(answer.read_text()) if answer.exists() else {}
-    return found, f"{problem} ({log}):\n{last_lines(log)}" if problem else None
 
 
 def measure(asked: argparse.Namespace) -> None:

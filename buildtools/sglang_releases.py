@@ -38,11 +38,11 @@ def main(wheels: list[str]) -> int:
 
 
 def facts(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """`signatures`: for each name of compat.USED its parameters, null where there is no such name;
+    """`signatures`: for each name of compat.USED and USED_BY_DCP its parameters, null where there is no such name;
     `draft_imports`: what SGLang imports from compat.DRAFT_MODULE."""
     signatures = {
         f"{module}.{name}": parameters_of(module_tree(archive, module), name.split("."))
-        for module, names in compat.USED.items()
+        for module, names in {**compat.USED, **compat.USED_BY_DCP}.items()
         for name in names
     }
     imported = {

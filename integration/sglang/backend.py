@@ -41,7 +41,8 @@ class FlashMLABackend(PrefillBackend):
         super().__init__(model_runner, skip_prefill)
         self.req_to_token = model_runner.req_to_token_pool.req_to_token
         self.max_context_len = model_runner.model_config.context_len
-        self.h_q = compat.query_heads(model_runner)
+        self.share = compat.dcp_share()
+        self.h_q = compat.query_heads(model_runner) * self.share.ranks
         self.added = added
         longest = 1 if added else compat.draft_tokens(model_runner)
         self.planner = StepPlanner(
@@ -71,13 +72,13 @@ class FlashMLABackend(PrefillBackend):
         elif forward_batch.batch_size:
             if self._eager is None or self._eager.rows < forward_batch.batch_size:
                 power_of_two = 1 << (forward_batch.batch_size - 1).bit_length()  # so that they rarely grow
-                self._eager = StepBuffers(self.req_to_token, power_of_two, self.planner, self.num_pages)
+                self._eager = self._buffers(power_of_two)
             self.forward_metadata = self._plan(self._eager, forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         # Graphs keep the addresses they were captured with: these buffers are never replaced by larger ones.
         if self._captured is None:
-            self._captured = StepBuffers(self.req_to_token, max_bs, self.planner, self.num_pages)
+            self._captured = self._buffers(max_bs)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if is_prompt(forward_batch.forward_mode):
@@ -118,12 +119,12 @@ class FlashMLABackend(PrefillBackend):
         *,
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of the new tokens over the latent cache.
 
         q: [T, H_q, 512], and q_rope [T, H_q, 64]; or q alone, [T, H_q * 576].
         k: [T, 1, 512], and k_rope [T, 1, 64], or k alone, [T, 1, 576], to be written first; None if it is in the cache.
-        Returns [T, H_q * 512] in q's dtype.
+        Returns [T, H_q * 512] in q's dtype; under DCP with the LSE [T, H_q], fp32 and natural, -inf without tokens.
         """
         if save_kv_cache and k is not None:
             self._write(layer, forward_batch.out_cache_loc, k, v, k_rope)
@@ -135,17 +136,14 @@ class FlashMLABackend(PrefillBackend):
             rows = columns.detach().view(-1, plan.h_q, width)[:planned]
             return rows.unflatten(0, (plan.batch, plan.s_q))
 
-        out, _ = mla_decode(
+        out, lse = mla_decode(
             of_requests(q, D_QK) if q_rope is None else (of_requests(q, D_V), of_requests(q_rope, D_QK - D_V)),
             cache[: self.num_pages * plan.page_size].view(self.num_pages, plan.page_size, 1, D_QK),
             plan,
             softmax_scale=layer.scaling,
         )
-        out = out.view(planned, plan.h_q * D_V)
-        if planned == q.shape[0]:
-            return out
-        # Rows that other ranks made SGLang add after the step was planned: nobody reads them.
-        return torch.cat([out, out.new_zeros(q.shape[0] - planned, out.shape[1])])
+        out = padded(out.view(planned, plan.h_q * D_V), q.shape[0])
+        return out if self.share.ranks == 1 else (out, padded(lse.view(planned, plan.h_q), q.shape[0]))
 
     def forward_extend(
         self,
@@ -159,21 +157,30 @@ class FlashMLABackend(PrefillBackend):
         q_rope: torch.Tensor | None = None,
         k_rope: torch.Tensor | None = None,
         **of_prompts: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if not is_prompt(forward_batch.forward_mode):
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, q_rope=q_rope, k_rope=k_rope)
+        if save_kv_cache and self.share.ranks > 1:  # SGLang's backends would take slots for rows
+            self._write(layer, forward_batch.out_cache_loc, k, v, k_rope)
+            save_kv_cache = False
         if q_rope is not None and k_rope is not None:  # SGLang's backend takes them whole
             q, k = torch.cat([q, q_rope], dim=-1), torch.cat([k, k_rope], dim=-1)
         out: torch.Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **of_prompts)
         return out
 
     def _write(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: Any, k_rope: torch.Tensor | None) -> None:
-        """New rows into the cache. SGLang has a kernel that takes their two parts, on GPUs only."""
+        """New rows into the cache. SGLang has a kernel that takes their two parts and knows DCP, on GPUs only."""
         if k_rope is not None and k.device.type == "cuda":
             self.token_to_kv_pool.set_mla_kv_buffer(layer, slots, k, k_rope)
             return
         rows = k if k_rope is None else torch.cat([k, k_rope], dim=-1)
-        self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots), rows, v)
+        if self.share.ranks > 1:
+            self.share.write(self.token_to_kv_pool.get_key_buffer(layer.layer_id), slots, rows)
+        else:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(slots), rows, v)
+
+    def _buffers(self, rows: int) -> StepBuffers:
+        return StepBuffers(self.req_to_token, rows, self.planner, self.num_pages, self.share)
 
     def _plan(self, buffers: StepBuffers, forward_batch: Any) -> DecodePlan:
         batch, s_q = forward_batch.batch_size, query_tokens(forward_batch)
@@ -184,6 +191,12 @@ class FlashMLABackend(PrefillBackend):
     def _graph_buffers(self, forward_batch: Any) -> StepBuffers:
         assert self._captured is not None and forward_batch.batch_size <= self._captured.rows
         return self._captured
+
+
+def padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Zeros in rows that other ranks made SGLang add after the step was planned: nobody reads them."""
+    missing = count - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
 
 
 def is_prompt(mode: Any) -> bool:

@@ -3,7 +3,8 @@
 Differences between 0.5.15 and 0.5.23, and the one place that absorbs each:
 
     `get_spec()` comes with 0.5.17                        speculation(), else from the server's arguments
-    `attn_dcp_size` comes with 0.5.17                     dcp_size(), else from the layers' function
+    `attn_dcp_size` comes with 0.5.16                     dcp_share(), else from the layers' function
+    LSE to base e is merged from 0.5.17 on                refusals.check_dcp() asks for USED_BY_DCP
     verify masks are asked for as buffers in 0.5.15-16    FlashMLABackend.get_verify_buffers_to_fill_after_draft
     the draft-extend backend of flashmla comes in 0.5.16  both it and the plain backend take draft-extend batches
     prefill is dispatched by name in all of them          plugin.claim_flashmla registers prefill.dispatch
@@ -19,9 +20,11 @@ from typing import Any
 from flashmla_backend.errors import Unsupported
 
 from .. import claim
+from .dcp import WHOLE, Share
 
 OLDEST = (0, 5, 15)
 NEWEST = (0, 5, 23)
+OLDEST_WITH_DCP = (0, 5, 17)
 
 _ATTENTION = "sglang.srt.layers.attention"
 NAME = "flashmla"
@@ -57,6 +60,20 @@ USED: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+GATHERS_FOR_DCP = "prepare_context_parallel_metadata_for_dcp"  # of models that gather cached tokens for prompts
+
+# What DCP needs beside that, and older releases do not have.
+_DCP = "sglang.srt.layers.dcp"
+USED_BY_DCP: dict[str, dict[str, tuple[str, ...]]] = {
+    f"{_DCP}.comm": {
+        "cp_lse_ag_out_rs_mla": ("is_lse_base_on_e",),
+        "all_gather_kv_cache_for_mla_extend": ("dcp_kv_buffer", "dcp_extend_prefix_lens_sum"),
+    },
+    f"{_DCP}.planner": {"prepare_decode_context_parallel_metadata": ("extend_prefix_lens",)},
+    "sglang.srt.models.deepseek_v2": {f"DeepseekV2ForCausalLM.{GATHERS_FOR_DCP}": ("extend_prefix_lens",)},
+}
+
+
 def check_version(found: str) -> None:
     """Raises Unsupported unless SGLang `found` (its `__version__`) lies in OLDEST .. NEWEST."""
     claim.check_version("SGLang", found, OLDEST, NEWEST)
@@ -64,34 +81,48 @@ def check_version(found: str) -> None:
 
 def check_internals(found: str) -> None:
     """Raises Unsupported if something in USED is not where, or not what, it is in the releases we know."""
-    for module, names in USED.items():
+    what = missing(USED)
+    if what is not None:
+        raise Unsupported(
+            f"SGLang {found} differs from what is known of it: {what}; install a release from "
+            f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} as it was published, or set "
+            f"{claim.DISABLE_VARIABLE}=1"
+        )
+
+
+def missing(used: dict[str, dict[str, tuple[str, ...]]]) -> str | None:
+    """The first thing in `used` that the installed SGLang does not have."""
+    for module, names in used.items():
         for name, parameters in names.items():
             try:
                 value: Any = import_module(module)
                 for part in name.split("."):
                     value = getattr(value, part)
-                missing = set(parameters) - set(inspect.signature(value).parameters) if parameters else set()
+                lacking = set(parameters) - set(inspect.signature(value).parameters) if parameters else set()
             except (ImportError, AttributeError, ValueError) as problem:
-                raise Unsupported(_moved(found, f"{module}.{name} is gone ({problem})")) from None
-            if missing:
-                raise Unsupported(_moved(found, f"{module}.{name} takes no {', '.join(sorted(missing))}"))
+                return f"{module}.{name} is gone ({problem})"
+            if lacking:
+                return f"{module}.{name} takes no {', '.join(sorted(lacking))}"
+    return None
 
 
 def query_heads(model_runner: Any) -> int:
-    """Query heads of this rank."""
+    """Query heads of this rank; under DCP decode has those of all ranks that share a cache."""
     from sglang.srt.runtime_context import get_parallel
 
     heads: int = model_runner.model_config.num_attention_heads
     return heads // get_parallel().attn_tp_size
 
 
-def dcp_size() -> int:
-    """Ranks that share each request's cache (decode context parallelism); 1 without."""
+def dcp_share() -> Share:
+    """What this rank caches of each request."""
     from sglang.srt.runtime_context import get_parallel
 
-    if hasattr(type(get_parallel()), "attn_dcp_size"):
-        return int(get_parallel().attn_dcp_size)
-    return int(import_module("sglang.srt.layers.dcp").get_attention_dcp_world_size())
+    parallel, layers = get_parallel(), import_module(_DCP)
+    if not hasattr(type(parallel), "attn_dcp_size"):
+        return Share(int(layers.get_attention_dcp_rank()), int(layers.get_attention_dcp_world_size()))
+    ranks = int(parallel.attn_dcp_size)
+    return Share(int(parallel.attn_dcp_rank), ranks) if ranks > 1 else WHOLE
 
 
 def take_queries_in_parts() -> None:
@@ -125,11 +156,3 @@ def speculation(model_runner: Any) -> Any:
 def draft_tokens(model_runner: Any) -> int:
     """Tokens per request that a step verifies; 1 without speculation."""
     return int(speculation(model_runner).speculative_num_draft_tokens or 1)
-
-
-def _moved(found: str, what: str) -> str:
-    return (
-        f"SGLang {found} differs from what is known of it: {what}; install a release from "
-        f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))} as it was published, or set "
-        f"{claim.DISABLE_VARIABLE}=1"
-    )

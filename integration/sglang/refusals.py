@@ -13,6 +13,12 @@ from . import compat
 FLAG = "--attention-backend flashmla"
 WITHOUT_FLAG = f"drop {FLAG} to let SGLang choose"
 
+# Options of SGLang's server, and why prompts cannot be served with them under DCP.
+DCP_EXCLUDES = {
+    "enable_mixed_chunk": "SGLang gathers cached tokens of prompts, not of requests that decode in the same batch",
+    "enable_deterministic_inference": "SGLang's deterministic prompts read each rank's cache as if it held all tokens",
+}
+
 
 def check_runner(model_runner: Any) -> None:
     """Raises Unsupported unless our decode can serve this model runner."""
@@ -38,12 +44,6 @@ def check_runner(model_runner: Any) -> None:
             f"the KV cache is {_name(model_runner.kv_cache_dtype)}, the model {_name(model_runner.dtype)}; {FLAG} "
             f"takes a cache of the model's dtype and no FP8 yet; pass --kv-cache-dtype auto, or {WITHOUT_FLAG}"
         )
-    if compat.dcp_size() > 1:
-        raise Unsupported(
-            f"dcp_size is {compat.dcp_size()}; for prompts SGLang then gathers the ranks' shares of an MLA cache where "
-            f"only its FlashInfer backend looks for them, and with {FLAG} prompts run on its Triton backend; pass "
-            f"--dcp-size 1, or {WITHOUT_FLAG}"
-        )
     if getattr(model_runner.server_args, "enable_unified_memory", False):
         raise Unsupported(
             f"--enable-unified-memory makes cache slots virtual, and {FLAG} reads physical ones; drop one of the two"
@@ -52,6 +52,9 @@ def check_runner(model_runner: Any) -> None:
     if speculation.speculative_algorithm == "NGRAM":
         raise Unsupported(f"n-gram speculation verifies trees of drafts, {FLAG} takes chains; {WITHOUT_FLAG}")
     check_topk(speculation.speculative_eagle_topk or 1)
+    ranks = compat.dcp_share().ranks
+    if ranks > 1:
+        check_dcp(model_runner, ranks)
 
 
 def check_topk(topk: int) -> None:
@@ -60,6 +63,34 @@ def check_topk(topk: int) -> None:
             f"speculative_eagle_topk is {topk}, which makes trees of drafts; {FLAG} takes chains: pass "
             "--speculative-eagle-topk 1"
         )
+
+
+def check_dcp(model_runner: Any, ranks: int) -> None:
+    """Raises Unsupported unless our decode can serve this model runner with its cache shared out among `ranks`."""
+    size = f"dcp_size is {ranks}"
+    lacking = compat.missing(compat.USED_BY_DCP)
+    if lacking is not None:
+        raise Unsupported(
+            f"{size}, and {FLAG} needs a SGLang that merges the ranks' outputs by a natural LSE, as "
+            f"{'.'.join(map(str, compat.OLDEST_WITH_DCP))} and newer do: {lacking}; pass --dcp-size 1 or install one"
+        )
+    if not hasattr(model_runner.model, compat.GATHERS_FOR_DCP):
+        raise Unsupported(
+            f"{size}, and SGLang gathers no cached tokens for prompts of {type(model_runner.model).__name__}; pass "
+            "--dcp-size 1"
+        )
+    if compat.speculation(model_runner).speculative_algorithm is not None:
+        raise Unsupported(
+            f"{size}, which deals the tokens of a chain of drafts out among the ranks, and {FLAG} verifies whole ones; "
+            "pass --dcp-size 1 or drop --speculative-algorithm"
+        )
+    if compat.scales_queries(model_runner):
+        raise Unsupported(
+            f"{size}, and SGLang takes no LSE from models that scale their queries by position; pass --dcp-size 1"
+        )
+    for option, why in DCP_EXCLUDES.items():
+        if getattr(model_runner.server_args, option, False):
+            raise Unsupported(f"{size}, and {why}; pass --dcp-size 1 or drop --{option.replace('_', '-')}")
 
 
 def _name(dtype: Any) -> str:

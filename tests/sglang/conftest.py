@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ import pytest
 from flashmla_backend.checkpoint import Architecture, make_checkpoint
 from flashmla_backend.integration.sglang import LOGGER_NAME, cpu
 from tests.engine_process import answered
-from tests.greedy import Reference, generate
+from tests.greedy import NEW_TOKENS, Reference, generate
 
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -46,12 +47,29 @@ def reference(checkpoint: Callable[[Architecture], Path]) -> Callable[[Architect
 
 @pytest.fixture
 def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
-    """Starts SGLang once: run_engine(batches, environment=..., **arguments of sglang.Engine)."""
+    """Starts SGLang once: run_engine(batches, environment=..., new_tokens=..., **arguments of sglang.Engine)."""
 
-    def run(batches: list[list[list[int]]], *, environment: dict[str, str] | None = None, **engine: Any) -> EngineRun:
-        script = Path(__file__).with_name("engine_run.py")
+    def run(
+        batches: list[list[list[int]]],
+        *,
+        environment: dict[str, str] | None = None,
+        new_tokens: int = NEW_TOKENS,
+        **engine: Any,
+    ) -> EngineRun:
+        script = "engine_run.py"
         environment = {"TORCH_COMPILE_DISABLE": "1", **(environment or {})}
-        answer, log = answered(script, batches, engine, environment, tmp_path)
+        if engine.get("dcp_size", 1) > 1:
+            script = "dcp_engine_run.py"
+            cores = sorted(os.sched_getaffinity(0))[
+                : engine["tp_size"]
+            ]  # SGLang's default is a NUMA node for each rank
+            binding = "|".join(map(str, cores + cores[:1] * (engine["tp_size"] - len(cores))))
+            environment |= {
+                "TRITON_INTERPRET": "1",
+                "SGLANG_CPU_OMP_THREADS_BIND": binding,
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
+        answer, log = answered(Path(__file__).with_name(script), batches, engine, environment, tmp_path, new_tokens)
         return EngineRun(**answer, log=log)
 
     return run

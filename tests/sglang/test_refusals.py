@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.dcp import comm as dcp_comm
 
 from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.sglang import compat, draft, refusals
+from flashmla_backend.integration.sglang.dcp import WHOLE, Share
 
 
 def runner(**changes: Any) -> Any:
@@ -25,6 +27,7 @@ def runner(**changes: Any) -> Any:
         "dtype": torch.bfloat16,
         "kv_cache_dtype": torch.bfloat16,
         "server_args": SimpleNamespace(enable_unified_memory=False),
+        "model": SimpleNamespace(**{compat.GATHERS_FOR_DCP: None}),
     }
     for name, value in changes.items():
         of_config = name.startswith("config_")
@@ -36,7 +39,8 @@ def runner(**changes: Any) -> Any:
 def no_speculation(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     asked = SimpleNamespace(speculative_algorithm=None, speculative_eagle_topk=None)
     monkeypatch.setattr(compat, "speculation", lambda model_runner: asked)
-    monkeypatch.setattr(compat, "dcp_size", lambda: 1)
+    monkeypatch.setattr(compat, "dcp_share", lambda: WHOLE)
+    monkeypatch.setattr(compat, "scales_queries", lambda model_runner: False)
     return asked
 
 
@@ -69,9 +73,43 @@ def test_models_and_caches(changes: dict[str, Any], words: list[str]) -> None:
     assert [word for word in words if word not in str(refusal.value)] == []
 
 
-def test_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "dcp_size", lambda: 2)
-    with pytest.raises(Unsupported, match=r"dcp_size is 2; .*only its FlashInfer backend.*--dcp-size 1"):
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "dcp_share", lambda: Share(1, 2))
+
+
+def test_a_cache_may_be_shared_out(two_ranks: None) -> None:
+    refusals.check_runner(runner())
+
+
+@pytest.mark.parametrize("option", ["mixed_chunk", "deterministic_inference"])
+def test_prompts_over_a_shared_cache(option: str, two_ranks: None) -> None:
+    options = SimpleNamespace(**{f"enable_{option}": True})
+    with pytest.raises(Unsupported, match=f"dcp_size is 2, .*--dcp-size 1 or drop --enable-{option.replace('_', '-')}"):
+        refusals.check_runner(runner(server_args=options))
+
+
+def test_models_whose_cached_tokens_are_not_gathered(two_ranks: None) -> None:
+    with pytest.raises(Unsupported, match=r"dcp_size is 2, and SGLang gathers no .* of Linear; pass --dcp-size 1"):
+        refusals.check_runner(runner(model=torch.nn.Linear(1, 1)))
+
+
+def test_verification_over_a_shared_cache(two_ranks: None, no_speculation: SimpleNamespace) -> None:
+    no_speculation.speculative_algorithm = "EAGLE"
+    with pytest.raises(Unsupported, match=r"dcp_size is 2, .*deals the tokens.*drop --speculative-algorithm"):
+        refusals.check_runner(runner())
+
+
+def test_scaled_queries_over_a_shared_cache(two_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "scales_queries", lambda model_runner: True)
+    with pytest.raises(Unsupported, match=r"dcp_size is 2, and SGLang takes no LSE .*--dcp-size 1"):
+        refusals.check_runner(runner())
+
+
+def test_releases_that_merge_by_another_lse(two_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.5.16 does."""
+    monkeypatch.setattr(dcp_comm, "cp_lse_ag_out_rs_mla", lambda cp_attn_out, cp_attn_lse, cp_group, ctx=None: None)
+    with pytest.raises(Unsupported, match=r"natural LSE, as 0\.5\.17 and newer do: .*takes no is_lse_base_on_e"):
         refusals.check_runner(runner())
 
 

@@ -10,6 +10,7 @@ import torch
 from flashmla_backend import DecodePlan, api, bounds, plan_decode
 from flashmla_backend.errors import InvalidArgument
 from flashmla_backend.integration.planner import StepPlanner
+from flashmla_backend.integration.sglang.dcp import WHOLE, Share
 from flashmla_backend.integration.sglang.steps import StepBuffers, run_tokens
 
 CONTEXT = 300  # no multiple of 64: the last tile of a row is cut short
@@ -17,10 +18,12 @@ HEADS = 16
 PAGES = 400  # of the cache
 
 
-def step_buffers(table: torch.Tensor, rows: int, num_pages: int = PAGES, page_size: int = 64) -> StepBuffers:
+def step_buffers(
+    table: torch.Tensor, rows: int, num_pages: int = PAGES, page_size: int = 64, share: Share = WHOLE
+) -> StepBuffers:
     logger = logging.getLogger("flashmla_backend.sglang")
     planner = StepPlanner(table.device, h_q=HEADS, page_size=page_size, longest_query=2, logger=logger)
-    return StepBuffers(table, rows, planner, num_pages)
+    return StepBuffers(table, rows, planner, num_pages, share)
 
 
 def token_table(lengths: list[int], page_size: int) -> torch.Tensor:

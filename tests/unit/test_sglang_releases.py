@@ -25,13 +25,29 @@ def test_the_record_covers_the_supported_releases() -> None:
 
 @pytest.mark.parametrize("release", SUPPORTED)
 def test_what_we_use_is_there(release: str) -> None:
-    signatures = RECORD[release]["signatures"]
-    assert set(signatures) == {f"{module}.{name}" for module, names in compat.USED.items() for name in names}
-    for module, names in compat.USED.items():
+    everything = {**compat.USED, **compat.USED_BY_DCP}
+    recorded = {f"{module}.{name}" for module, names in everything.items() for name in names}
+    assert set(RECORD[release]["signatures"]) == recorded
+    assert missing(release, compat.USED) == []
+
+
+@pytest.mark.parametrize("release", SUPPORTED)
+def test_what_dcp_needs_is_there_in_the_releases_that_are_named(release: str) -> None:
+    has_it = tuple(map(int, release.split("."))) >= compat.OLDEST_WITH_DCP
+    assert (missing(release, compat.USED_BY_DCP) == []) == has_it
+
+
+def missing(release: str, used: dict[str, dict[str, tuple[str, ...]]]) -> list[str]:
+    """What of `used` a release lacks, in words."""
+    wrong = []
+    for module, names in used.items():
         for name, parameters in names.items():
-            found = signatures[f"{module}.{name}"]
-            assert found is not None, f"{module}.{name} is gone"
-            assert set(parameters) <= set(found), f"{module}.{name} takes {found}"
+            found = RECORD[release]["signatures"][f"{module}.{name}"]
+            if found is None:
+                wrong.append(f"{module}.{name} is gone")
+            elif not set(parameters) <= set(found):
+                wrong.append(f"{module}.{name} takes {found}")
+    return wrong
 
 
 @pytest.mark.parametrize("release", SUPPORTED)
