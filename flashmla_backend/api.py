@@ -29,7 +29,7 @@ class DecodePlan:
     items: torch.Tensor  # [max_items, 4] int32: request, page_begin, page_end, split; unused rows are -1
     part_offsets: torch.Tensor  # [parts + 1] int32: part p runs items[part_offsets[p] : part_offsets[p + 1]]
     split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
-    partial_out: torch.Tensor  # [max_splits, H_kv, rows, 512] fp16 workspace of the layers; empty on the CPU
+    partial_out: torch.Tensor  # [max_splits, H_kv, rows, 256] pairs of fp16, workspace of the layers; empty on the CPU
     partial_lse: torch.Tensor  # [max_splits, H_kv, rows, 2] fp32
     rooms: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
     s_q: int

@@ -45,8 +45,9 @@ def make_workspaces(
     batch_invariant: bool = False,
     storage: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the results of any lengths: [max_splits, H_kv, rows, 512] fp16, fp32 in batch-invariant mode,
-    [max_splits, H_kv, rows, 2] fp32 of what belongs to their rows, and in that mode the thread blocks' scratch.
+    """Room for the results of any lengths: [max_splits, H_kv, rows, 256] fp32, each a pair of fp16 values,
+    [max_splits, H_kv, rows, 512] in batch-invariant mode; [max_splits, H_kv, rows, 2] of what belongs to the rows;
+    and in that mode the thread blocks' scratch. All fp32: torch.compile wants views of one storage to be of one dtype.
 
     The first elements of `storage`, an fp32 vector that begins at a multiple of 128 bytes; by default newly allocated.
     """
@@ -65,5 +66,5 @@ def make_workspaces(
             "multiple, where torch's own allocations begin"
         )
     out, rooms, lse = storage[: sum(sizes)].split(sizes)
-    partial_out = out if batch_invariant else out.view(torch.float16)
-    return partial_out.view(-1, h_kv, rows, D_V), lse.view(-1, h_kv, rows, 2), rooms
+    width = D_V if batch_invariant else D_V // 2
+    return out.view(-1, h_kv, rows, width), lse.view(-1, h_kv, rows, 2), rooms
