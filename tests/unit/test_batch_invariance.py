@@ -21,7 +21,7 @@ from flashmla_backend.leaves import (
     max_leaves,
     room_floats,
 )
-from flashmla_backend.schedule import make_schedule, max_items, max_splits, num_parts, pages_of, piece_count
+from flashmla_backend.schedule import make_schedule, max_items, max_splits, num_parts, pages_of
 from tests import conftest
 from tests.conftest import SCALE, Problem, check_close, make_problem
 
@@ -115,13 +115,6 @@ def test_leaves_are_near_equal_and_not_small(most: int) -> None:
         smallest, root = (MIN_LEAF_PAGES, 2) if most == MAX_LEAVES else (MIN_SHARED_LEAF_PAGES, 1)
         assert len(leaves) == 1 or min(sizes) >= smallest
         assert len(leaves) == most or max(sizes) <= 2 * smallest or root**2 * pages <= len(leaves) ** 2
-
-
-@pytest.mark.parametrize("most", [1, 64, 128])
-def test_a_single_leaf_is_never_cut(most: int) -> None:
-    single = [pages for pages in range(40) if leaf_count(pages, most) == 1]
-    assert len(single) > 4
-    assert all(piece_count(pages, cap, most) == 1 for pages in single for cap in range(1, 40))
 
 
 def test_a_long_request_alone_is_shared_by_all_parts() -> None:

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashmla_backend import ops, sm90
+from flashmla_backend.leaves import leaf_count
 from flashmla_backend.schedule import (
     MAX_ROUNDS,
     CostModel,
@@ -26,6 +27,7 @@ from flashmla_backend.schedule import (
     max_splits,
     num_parts,
     pages_of,
+    piece_count,
     row_tiles_of,
 )
 
@@ -228,6 +230,13 @@ def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: 
         fitting = [cap for cap in range(1, longest + 1) if len(cut(pages, cap)) <= rounds * parts]
         caps.update(fitting[:1])
     assert candidate_caps(pages, parts) == sorted(caps, reverse=True)
+
+
+@pytest.mark.parametrize("most", [1, 64, 128])
+def test_a_single_leaf_is_never_cut(most: int) -> None:
+    single = [pages for pages in range(40) if leaf_count(pages, most) == 1]
+    assert len(single) > 4
+    assert all(piece_count(pages, cap, most) == 1 for pages in single for cap in range(1, 40))
 
 
 def test_row_tiles() -> None:
