@@ -109,8 +109,9 @@ def plan_decode(
             a plan of as many requests read the new schedule when replayed (pad a smaller step with lengths of 0); they
             also read `seq_lens` and `block_table` where these lay at capture, so keep both in persistent tensors. The
             call itself may be captured too.
-        workspace: fp32 vector of at least `workspace_size(...)` elements on the same device for the partial results;
-            by default one is allocated. Plans may share it if their layers run one after another, on one stream.
+        workspace: fp32 vector of at least `workspace_size(...)` elements on the same device for the partial results,
+            from a multiple of 128 bytes on; by default one is allocated. Plans may share it if their layers run one
+            after another, on one stream.
         num_pages: pages of the cache, `kv_cache.shape[0]`. Needed, and used, with FLASHMLA_CHECK_BOUNDS=1 only; by
             default that of `reuse`.
 
