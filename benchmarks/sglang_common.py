@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.child import last_lines
 from flashmla_backend.bench.serve.engine import OUR_LINE
+from flashmla_backend.checkpoint import make_checkpoint
 from flashmla_backend.integration.claim import DISABLE_VARIABLE
 from flashmla_backend.integration.sglang import cpu
 
@@ -59,6 +61,29 @@ def prepare() -> None:
     for name in ("BatchMLAPagedAttentionWrapper", "BatchPrefillWithRaggedKVCacheWrapper"):
         if not hasattr(flashinfer_mla_backend, name):  # FlashMLA makes them, and uses them for prompts only
             setattr(flashinfer_mla_backend, name, lambda *_, **__: None)
+
+
+def add_options(parser: ArgumentParser, name: str, *, limit_s: float, bound: float) -> None:
+    """What every script here is told. name: of the report, and of the folder of logs."""
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--limit", type=float, default=limit_s, help="seconds for each start of an engine and its work")
+    parser.add_argument("--bound", type=float, default=bound, help="mean difference in logprobs that is accepted")
+    parser.add_argument("--logs", type=Path, default=Path(f"{name}-logs"))
+    parser.add_argument("--out", type=Path, default=Path(f"{name}.json"))
+    parser.add_argument("--commit", help="for the report, where git cannot tell")
+
+
+def add_child_options(parser: ArgumentParser) -> None:
+    """What `run_child` tells the script beside them."""
+    parser.add_argument("--run", help=SUPPRESS)  # one run, in a child: its answer's file
+    parser.add_argument("--model", help=SUPPRESS)
+
+
+def make_dense_model(path: Path, layers: int, heads: int) -> Path:
+    """A checkpoint of DeepSeek-V2's shape without experts."""
+    changes = {"num_hidden_layers": layers, "first_k_dense_replace": layers}
+    changes |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    return make_checkpoint(path, "v2-dense", dtype="bfloat16", changes=changes)
 
 
 def run_child(

@@ -27,7 +27,6 @@ import torch
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.provenance import provenance, write
-from flashmla_backend.checkpoint import make_checkpoint
 from flashmla_backend.sglang_engine import IDLE_YARN, distribution
 
 common.prepare()
@@ -38,7 +37,6 @@ ANSWER_TOKENS = 64
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="triton,flashmla,ours")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--shapes", default="1x8192,16x8192,64x4096", help="requests x tokens in the cache")
@@ -46,13 +44,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest-prompt", type=int, default=1500)
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--limit", type=float, default=180, help="seconds per backend")
-    parser.add_argument("--bound", type=float, default=0.5, help="mean difference in logprobs from the first backend")
-    parser.add_argument("--logs", type=Path, default=Path("sglang-decode-logs"))
-    parser.add_argument("--out", type=Path, default=Path("sglang-decode.json"))
-    parser.add_argument("--commit", help="for the report, where git cannot tell")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one backend, in a child: its answer's file
-    parser.add_argument("--model", help=argparse.SUPPRESS)
+    common.add_options(parser, "sglang-decode", limit_s=180, bound=0.5)
+    common.add_child_options(parser)
     return parser.parse_args()
 
 
@@ -62,17 +55,7 @@ def main() -> int:
         measure(asked)
         return 0
     folder = Path(tempfile.mkdtemp())
-    model = make_checkpoint(
-        folder / "model",
-        "v2-dense",
-        dtype="bfloat16",
-        changes={
-            "num_hidden_layers": asked.layers,
-            "first_k_dense_replace": asked.layers,
-            "num_attention_heads": asked.heads,
-            "num_key_value_heads": asked.heads,
-        },
-    )
+    model = common.make_dense_model(folder / "model", asked.layers, asked.heads)
     device = machine.describe(torch.device(asked.device))[0]
     report: dict[str, Any] = {
         **provenance(device, sys.argv, asked.commit),

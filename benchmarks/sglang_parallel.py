@@ -21,7 +21,6 @@ import torch
 
 from flashmla_backend.bench import machine
 from flashmla_backend.bench.provenance import provenance, write
-from flashmla_backend.checkpoint import make_checkpoint
 from flashmla_backend.sglang_engine import IDLE_YARN, distribution
 
 common.prepare()
@@ -45,15 +44,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default=";".join([*RUNS][:4]), help=f"separated by semicolons, of: {'; '.join(RUNS)}")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--limit", type=float, default=100, help="seconds per run")
-    parser.add_argument("--bound", type=float, default=0.1, help="mean difference in logprobs from the first run")
-    parser.add_argument("--logs", type=Path, default=Path("sglang-parallel-logs"))
-    parser.add_argument("--out", type=Path, default=Path("sglang-parallel.json"))
-    parser.add_argument("--commit", help="for the report, where git cannot tell")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in a child: its answer's file
-    parser.add_argument("--model", help=argparse.SUPPRESS)
+    common.add_options(parser, "sglang-parallel", limit_s=100, bound=0.1)
+    common.add_child_options(parser)
     return parser.parse_args()
 
 
@@ -79,9 +72,7 @@ def main() -> int:
     }
     answers: dict[str, list[common.Answer]] = {}
     with TemporaryDirectory() as scratch:
-        changes = {"num_hidden_layers": asked.layers, "first_k_dense_replace": asked.layers}
-        changes |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS}
-        model = make_checkpoint(Path(scratch) / "model", "v2-dense", dtype="bfloat16", changes=changes)
+        model = common.make_dense_model(Path(scratch) / "model", asked.layers, HEADS)
         for number, name in enumerate(names):
             file = Path(scratch) / f"{number}.json"
             command = [*sys.argv, "--runs", name, "--run", str(file), "--model", str(model)]

@@ -53,17 +53,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="triton,ours", help="as for sglang_decode.py; the first is compared with")
     parser.add_argument("--modes", default="graph,eager")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", default="v2-lite", help="v2-lite, v3-attention or tiny")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--longest-prompt", type=int, default=1024, help="tokens; the shortest has 1")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cached-tokens", type=int, default=131072, help="that the cache holds")
-    parser.add_argument("--limit", type=float, default=150, help="seconds per server, its start included")
-    parser.add_argument("--bound", type=float, default=0.5, help="mean difference in logprobs that is accepted")
-    parser.add_argument("--logs", type=Path, default=Path("sglang-serve-logs"))
-    parser.add_argument("--out", type=Path, default=Path("sglang-serve.json"))
-    parser.add_argument("--commit", help="for the report, where git cannot tell")
+    common.add_options(parser, "sglang-serve", limit_s=150, bound=0.5)
     return parser.parse_args()
 
 
