@@ -32,9 +32,13 @@ def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant
     if path != "sm90":
         return 0, 0, 0
     row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
-    if not batch_invariant:
-        return partial_rows * D_V // 2, 0, partial_rows * 2
-    return partial_rows * D_V, room_floats(rows, row_tiles * parts, max_leaves(row_tiles)), partial_rows * 2
+    rooms = room_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
+    return partial_rows * partial_width(batch_invariant), rooms, partial_rows * 2
+
+
+def partial_width(batch_invariant: bool) -> int:
+    """fp32 elements' worth of a row of a partial output: fp16, or fp32 in batch-invariant mode."""
+    return D_V if batch_invariant else D_V // 2
 
 
 def make_workspaces(
@@ -66,5 +70,4 @@ def make_workspaces(
             "multiple, where torch's own allocations begin"
         )
     out, rooms, lse = storage[: sum(sizes)].split(sizes)
-    width = D_V if batch_invariant else D_V // 2
-    return out.view(-1, h_kv, rows, width), lse.view(-1, h_kv, rows, 2), rooms
+    return out.view(-1, h_kv, rows, partial_width(batch_invariant)), lse.view(-1, h_kv, rows, 2), rooms

@@ -14,7 +14,8 @@ constexpr int kCombineThreads = 32 * kCombineWarps;
 constexpr int kCombineBlocksPerSm = 1;
 constexpr int kVectorColumns = 8;   // fp16 values in 16 bytes
 constexpr int kSplitsInFlight = 8;  // whose vectors a lane has on their way
-static_assert(32 * kVectorColumns == kLatent / 2, "a warp's vectors are half a row of O");
+constexpr int kRowHalves = 2;       // as O is kept; each one warp's vectors
+static_assert(kRowHalves * 32 * kVectorColumns == kLatent);
 
 // A running sum of weighted partial results of half a row; a lane holds one vector of it.
 struct Merge {
@@ -77,8 +78,8 @@ struct Merge {
           const float weight = weigh(lse[i], 1.0f);
           // A piece that holds no token this row sees weighs nothing, whatever its result.
           if (weight == 0.0f) continue;
-          const uint32_t scale = half == 0 ? scales[i] << 16 : scales[i] & 0xffff0000;
-          add(x[i], weight * __uint_as_float(scale));
+          const uint32_t own_scale = half == 0 ? scales[i] << 16 : scales[i] & 0xffff0000;
+          add(x[i], weight * __uint_as_float(own_scale));
         }
       }
       if (discards) {
@@ -104,6 +105,10 @@ struct Merge {
   __device__ __forceinline__ float log_sum() const {
     return sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
   }
+};
+
+struct CutRequest {
+  int number, first, count;
 };
 
 // The requests of a batch that were cut, found 32 at a time by a whole warp.
@@ -135,6 +140,13 @@ struct CutRequests {
       }
       rank -= __popc(cut);
     }
+  }
+
+  // The rank-th of `cut` cut requests, and its slots among the partial results.
+  __device__ __forceinline__ CutRequest operator()(int rank, int cut) const {
+    const int number = cut < batch ? find(rank) : rank;
+    const int first = __ldg(split_offsets + number);
+    return {number, first, __ldg(split_offsets + number + 1) - first};
   }
 };
 
@@ -172,7 +184,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = a.h_kv * a.rows, units = 2 * cut * rows;
+  const int cut = requests.count(), rows = a.h_kv * a.rows, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
   // The pieces of half a row are shared among as many warps as there are, but no more than it has
   // pieces; each takes every group-th one.
@@ -186,20 +198,17 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     // Neighbours go to different thread blocks: few rows, many SMs.
     const int unit = base + warp / group * gridDim.x + blockIdx.x;
     const bool real = unit < units;
-    const int half = unit % 2, row = unit / 2 % rows;
-    int request = 0;
+    const int half = unit % kRowHalves, row = unit / kRowHalves % rows;
+    CutRequest request{};
     Merge merge;
     if (real) {
-      request = unit / 2 / rows;
-      if (cut < a.batch) request = requests.find(request);
-      const int first = __ldg(a.split_offsets + request),
-                count = __ldg(a.split_offsets + request + 1) - first;
-      const int64_t source = static_cast<int64_t>(first + member) * rows + row;
+      request = requests(unit / kRowHalves / rows, cut);
+      const int64_t source = static_cast<int64_t>(request.first + member) * rows + row;
       merge.add_splits(static_cast<const uint4*>(a.partial_out) +
                            source * (kLatent / kVectorColumns) + 32 * half + lane,
                        static_cast<const uint2*>(a.partial_lse) + source, half,
-                       static_cast<int64_t>(group) * rows, (count - member + group - 1) / group,
-                       discards);
+                       static_cast<int64_t>(group) * rows,
+                       (request.count - member + group - 1) / group, discards);
     }
     for (int step = group / 2; step > 0; step /= 2) {  // the upper half of members to the lower
       if (member >= step && member < 2 * step) shared[warp].put(merge);
@@ -208,7 +217,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     }
     if (group > 1) __syncthreads();  // the next round writes what may still be read
     if (real && member == 0) {
-      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
+      const int64_t target = output_row(a, request.number, row / a.rows, row % a.rows);
       merge.store<Element>(reinterpret_cast<uint4*>(static_cast<Element*>(a.out)) +
                            target * (kLatent / kVectorColumns) + 32 * half + lane);
       if (half == 0 && lane == 0) a.lse[target] = merge.log_sum();

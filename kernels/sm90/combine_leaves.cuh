@@ -87,20 +87,17 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     const int unit = base + warp / group * gridDim.x + blockIdx.x;
     const bool real = unit < units;
     const int chunk = unit % kLeafRowVectors, row = unit / kLeafRowVectors % rows;
-    int request = 0;
+    CutRequest request{};
     Node node{};
     if (real) {
-      request = unit / kLeafRowVectors / rows;
-      if (cut < a.batch) request = requests.find(request);
-      const int first = __ldg(a.split_offsets + request),
-                count = __ldg(a.split_offsets + request + 1) - first;
+      request = requests(unit / kLeafRowVectors / rows, cut);
       // Its pieces are halves, or the leaves of both.
-      const int64_t source = static_cast<int64_t>(first) * rows + row;
+      const int64_t source = static_cast<int64_t>(request.first) * rows + row;
       const Partials partials{
           static_cast<const float4*>(a.partial_out) + source * (kLatent / 4) + 32 * chunk + lane,
-          reinterpret_cast<const RowState*>(a.partial_lse) + source, rows};
-      node = add_up(partials, member * count / 2, count / 2, group == 1);
-      if (group == 1) node.add(add_up(partials, count / 2, count / 2, true));
+          static_cast<const RowState*>(a.partial_lse) + source, rows};
+      node = add_up(partials, member * request.count / 2, request.count / 2, group == 1);
+      if (group == 1) node.add(add_up(partials, request.count / 2, request.count / 2, true));
     }
     if (group == 2) {
       shared.out[warp][lane] = node.out;
@@ -110,7 +107,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
       __syncthreads();
     }
     if (real && member == 0) {
-      const int64_t target = output_row(a, request, row / a.rows, row % a.rows);
+      const int64_t target = output_row(a, request.number, row / a.rows, row % a.rows);
       auto* out = static_cast<Element*>(a.out) + target * kLatent + 128 * chunk;
       const float inverse = node.state.inverse();
       reinterpret_cast<uint2*>(out)[lane] =

@@ -64,7 +64,8 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
   constexpr int kCombineBlocks = 132 * kCombineBlocksPerSm;
-  const int combine_blocks = p.batch * p.h_kv * arguments.rows * (kInvariant ? kLeafRowVectors : 2);
+  const int combine_blocks =
+      p.batch * p.h_kv * arguments.rows * (kInvariant ? kLeafRowVectors : kRowHalves);
   error = launch_dependent(kInvariant ? combine_leaves_kernel<Element> : combine_kernel<Element>,
                            dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
                            kCombineThreads, 0, p.stream, arguments);

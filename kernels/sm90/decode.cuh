@@ -301,11 +301,11 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         if (whole) {
           a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
         } else if (kInvariant) {
-          reinterpret_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
+          static_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
               softmax.row(r);
         } else {
-          reinterpret_cast<PartialState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)]
-              .lse = lse[r];
+          static_cast<PartialState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)].lse =
+              lse[r];
         }
       }
     }

@@ -129,7 +129,7 @@ __device__ __forceinline__ void store_output(const DecodeArguments& a, const Ite
       store_row(static_cast<__half*>(a.partial_out) + partial * kLatent + column, valid, r, o,
                 inverse_sum[r] * scale.up);
       if (valid && threadIdx.x % 4 == 0)
-        reinterpret_cast<PartialState*>(a.partial_lse)[partial].scale[half] =
+        static_cast<PartialState*>(a.partial_lse)[partial].scale[half] =
             __float_as_uint(scale.down) >> 16;
     }
   }
