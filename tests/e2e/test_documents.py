@@ -75,6 +75,7 @@ def test_the_readme_quotes_what_engines_did() -> None:
         assert runs[f"ours, {mode}"]["tokens_per_second"] > runs[f"triton, {mode}"]["tokens_per_second"]
     kit = recorded("sglang-kit")["cases"]
     assert len(kit) >= 36 and all(case["ok"] for case in kit)
+    assert {int(case["case"].rsplit(" ", 1)[1]) for case in kit} == {16, 64, 128}
     parallel = recorded("sglang-parallel")
     ours, with_dcp = (parallel["compared"][f"ours, TP 2{more}"]["mean"] for more in ("", ", DCP 2"))
     assert f"by {with_dcp:.3f} in the mean, with tensor parallelism alone by {ours:.3f}" in README

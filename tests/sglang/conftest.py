@@ -60,9 +60,8 @@ def run_engine(tmp_path: Path) -> Callable[..., EngineRun]:
         environment = {"TORCH_COMPILE_DISABLE": "1", **(environment or {})}
         if engine.get("dcp_size", 1) > 1:
             script = "dcp_engine_run.py"
-            cores = sorted(os.sched_getaffinity(0))[
-                : engine["tp_size"]
-            ]  # SGLang's default is a NUMA node for each rank
+            # SGLang's default is a NUMA node for each rank.
+            cores = sorted(os.sched_getaffinity(0))[: engine["tp_size"]]
             binding = "|".join(map(str, cores + cores[:1] * (engine["tp_size"] - len(cores))))
             environment |= {
                 "TRITON_INTERPRET": "1",
