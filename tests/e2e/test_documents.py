@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_parallel import LENGTHS, NEW_TOKENS
+
 from flashmla_backend.bench import report, trust
 from flashmla_backend.bench.steps import report as steps_report
 from flashmla_backend.serve import DEFAULT_NAME, Server
@@ -79,6 +81,25 @@ def test_the_readme_quotes_what_engines_did() -> None:
     parallel = recorded("sglang-parallel")
     ours, with_dcp = (parallel["compared"][f"ours, TP 2{more}"]["mean"] for more in ("", ", DCP 2"))
     assert f"by {with_dcp:.3f} in the mean, with tensor parallelism alone by {ours:.3f}" in README
+
+
+def test_the_readme_quotes_vllm_on_two_gpus() -> None:
+    parallel = recorded("vllm-parallel")
+    assert parallel["devices"] == 2 and not parallel["failed"]
+    heads = {
+        who: int(re.findall(r"sm_90a kernels, .* (\d+) query heads", by)[0])
+        for who, by in parallel["served_by"].items()
+    }
+    assert heads["ours"] == heads["ours, TP 2, DCP 2"] == 2 * heads["ours, TP 2"]  # DCP gathers the heads of its ranks
+    assert {delta["from"] for delta in parallel["deltas"].values()} == {"ours"}
+    means, tokens = (
+        [parallel["deltas"][f"ours, TP 2{more}"][key] for more in (", DCP 2", "")]
+        for key in ("mean_abs_dlogprob", "compared_tokens")
+    )
+    said = " ".join(README.split())
+    assert f"differed from those of this backend on one by {means[0]:.3f} in the mean over {tokens[0]} tokens" in said
+    assert f"with tensor parallelism alone by {means[1]:.3f} over {tokens[1]} (" in said
+    assert f"of the {len(LENGTHS) * NEW_TOKENS} greedy tokens" in said
 
 
 def test_the_readme_quotes_what_small_pages_cost() -> None:
