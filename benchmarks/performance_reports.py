@@ -31,6 +31,7 @@ class Reports(NamedTuple):
     other_devices: list[Report]
     history: list[Report]
     steps: Report
+    serve: Report
     host_time: Report
     bounds_cost: Report
 
@@ -50,6 +51,7 @@ def load(results: Path = RESULTS) -> Reports:
         other_devices=[newest(results, kind)[1] for kind in ("kernels-h200",) if found(results, kind)],
         history=history,
         steps=newest(results, "steps-v3-attention-h100")[1],
+        serve=newest(results, "serve-v2-lite-h100")[1],
         host_time=newest(results, "host-time-h100")[1],
         bounds_cost=newest(results, "bounds-cost-h100")[1],
     )

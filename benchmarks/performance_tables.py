@@ -22,6 +22,7 @@ from performance_reports import Report, Reports, Row
 from flashmla_backend.bench import report as kernels_report
 from flashmla_backend.bench.contenders import INVARIANT, OURS
 from flashmla_backend.bench.report import SLOWER
+from flashmla_backend.bench.serve import report as serve_report
 from flashmla_backend.bench.steps import report as steps_report
 
 RAGGED_GOAL = 1.06  # times an even batch of as many tokens
@@ -282,6 +283,23 @@ def steps(reports: Reports) -> str:
     return markdown([model, "ours, ms", "of which attention", "best of vLLM's own, ms", "speed-up"], lines)
 
 
+def serving(reports: Reports) -> str:
+    """Every load for every backend, and of our rows how many times better than the best of the others."""
+    lines = []
+    for row in reports.serve["rows"]:
+        gained = serve_report.gains(row)
+        for who in serve_report.backends_of([row]):
+            value = row[who]
+            times = [f"{value[metric][p]:.1f}" for metric in ("ttft_ms", "tpot_ms") for p in ("p50", "p99")]
+            better = [f"{gained[what]:.3f}" if who == OURS else "" for what in ("ttft", "tpot", "throughput")]
+            lines.append(
+                [row["load"], who, *times, f"{value['output_throughput']:.0f}", " / ".join(filter(None, better))]
+            )
+    head = [f"{reports.serve['model']}, {reports.serve['engine']}", "backend", "first token, ms: p50", "p99"]
+    head += ["per token, ms: p50", "p99", "tokens/s", "gain: first token / per token / tokens/s"]
+    return markdown(head, lines)
+
+
 SECTIONS: dict[str, Callable[[Reports], str]] = {
     function.__name__: function
     for function in (
@@ -298,5 +316,6 @@ SECTIONS: dict[str, Callable[[Reports], str]] = {
         cost_model,
         extras,
         steps,
+        serving,
     )
 }

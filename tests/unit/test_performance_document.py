@@ -105,6 +105,13 @@ def test_targets_are_met_or_not(reports: performance_reports.Reports) -> None:
     assert "share of the matmul rate, least of b=128, 8K and more, 128 heads, s_q 1 | >= 90% | not in" in table
 
 
+def test_every_backend_served_every_load(reports: performance_reports.Reports) -> None:
+    rows, served = reports.serve["rows"], set(reports.serve["served_by"])
+    assert rows and "ours" in served and len(served) > 1 and not reports.serve["notes"]
+    for row in rows:
+        assert {who: row[who]["completed"] for who in served if who in row} == dict.fromkeys(served, row["prompts"])
+
+
 def test_a_run_cut_short_is_shown(reports: performance_reports.Reports, tmp_path: Path) -> None:
     for rows in ([row(16, 1, 8, 500, "var", 9, 8)], reports.kernels["rows"][:90]):
         few = with_rows(reports, *rows)
