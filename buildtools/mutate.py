@@ -38,7 +38,7 @@ Tests = tuple[str, ...]
 TARGETS: dict[str, tuple[Tests, ...]] = {
     "flashmla_backend/schedule.py": (
         (
-            "tests/unit/test_validation.py::test_constants_of_the_device_scheduler_are_the_specifications",
+            "tests/unit/test_validation.py::test_constants_of_the_device_are_the_specifications",
             "tests/unit/test_schedule.py",
         ),
         ("tests/unit/test_schedule_emulation.py::test_random_lengths[ascending]",),  # needs g++

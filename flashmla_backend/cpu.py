@@ -7,13 +7,12 @@ fp16 or fp32; the arithmetic is fp32.
 
 from __future__ import annotations
 
-from functools import reduce
 from itertools import pairwise
 
 import torch
 
 from flashmla_backend.errors import InvalidArgument
-from flashmla_backend.leaves import leaves_of, merge, merge_halves
+from flashmla_backend.leaves import leaves_of, merge_tree
 from flashmla_backend.paging import D_V, PagedKV, check_page_ids, present_as_tiles
 from flashmla_backend.schedule import TILE_TOKENS, pages_of
 
@@ -49,12 +48,12 @@ def decode(
         spans = [(page_begin, page_end)]
         if max_leaves:
             spans = leaves_of(pages_of(length), page_begin, page_end, max_leaves)
-        results = [
-            attend(q_rows[request], paged, request, pages, length, softmax_scale, s_q if causal else 0)
-            for pages in spans
-        ]
-        # What was cut is a half or a single leaf.
-        o, logsum = merge_halves(results) if split < 0 else reduce(merge, results)
+        o, logsum = merge_tree(
+            [
+                attend(q_rows[request], paged, request, pages, length, softmax_scale, s_q if causal else 0)
+                for pages in spans
+            ]
+        )
         if split < 0:
             out[request], lse[request] = o, logsum
         else:
@@ -63,7 +62,7 @@ def decode(
         if last > first:
             partials = partial_out[first:last], partial_lse[first:last]
             if max_leaves:
-                out[request], lse[request] = merge_halves(list(zip(*partials, strict=True)))
+                out[request], lse[request] = merge_tree(list(zip(*partials, strict=True)))
             else:
                 out[request], lse[request] = combine(*partials)
     return (

@@ -1,16 +1,17 @@
 """Batch-invariant mode: arithmetic that knows a request's length and the shapes of the call, and nothing else.
 
-A request's pages are cut into *leaves*, each attended to on its own. The leaves of each half of a request are added up
-from left to right, then the halves. Work items are leaves, halves or whole requests, so that wherever a schedule cuts,
-every sum is made of the same parts in the same order.
+A request's pages are cut into *leaves*, each attended to on its own, and the results are merged pairwise, as a binary
+tree. Work items are whole requests or subtrees of a power of two of leaves, so that wherever a schedule cuts, every
+result is made of the same parts in the same order.
 
-More leaves let more thread blocks share a request; every one costs a store of its rows: an addition to memory, which
-nobody waits for. What a thread block has of a half is read back once.
+The Hopper kernels keep every node but the root as a partial result, rounded to fp16, be it in memory or in registers:
+where it lies depends on the cut, and its bits must not. The CPU keeps all of them fp32.
+
+More leaves let more thread blocks share a request; every one costs a store and a load of its rows.
 """
 
 from __future__ import annotations
 
-from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,7 @@ MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
 MIN_SHARED_LEAF_PAGES = 6  # the same where row tiles share pages: they wait for merging, not for memory
 MAX_LEAVES = 128  # of all row tiles together: about one for each SM
 ROWS_PER_WARP = 16
-ROOM_FLOATS = 2 * 32 * 33 * 4  # that 16 rows of a result take, their states and all
+ROOM_FLOATS = 16 * 512 // 2 + 2 * 32 * 4  # that 16 rows of a result take: fp16 values, and states of both halves
 
 
 def max_leaves(row_tiles: int) -> int:
@@ -47,22 +48,24 @@ def leaves_of(pages: int, begin: int, end: int, most: int) -> list[tuple[int, in
 
 
 def room_floats(rows: int, blocks: int, most: int) -> int:
-    """fp32 elements that the thread blocks of the decode kernel need for what waits until an item ends.
+    """fp32 elements that the thread blocks of the decode kernel need for what waits to be merged.
+
+    A thread block has a room for each level of the tree below the root.
 
     Args:
         rows: query rows of a request and KV head.
         blocks: thread blocks, `row_tiles` times parts.
         most: `max_leaves(row_tiles)`.
     """
-    halves = 2 if most > 1 else 0  # a room for each
+    levels = most.bit_length() - 1
     warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
-    return blocks * halves * warps * ROOM_FLOATS
+    return blocks * levels * warps * ROOM_FLOATS
 
 
 def merge(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two results, each o [.., 512] and its log-sum-exp [..], fp32."""
+    """Merge the results of two siblings, each o [.., 512] and its log-sum-exp [..], fp32."""
     (o, lse), (other, other_lse) = first, second
     most = torch.maximum(lse, other_lse)
     finite = most.masked_fill(most == float("-inf"), 0.0)  # rows that see no token weigh 0, not NaN
@@ -73,7 +76,8 @@ def merge(
     return merged, most + torch.log(total)
 
 
-def merge_halves(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of a request's leaves, or of its halves."""
-    half = max(1, len(results) // 2)
-    return reduce(merge, [reduce(merge, results[i : i + half]) for i in range(0, len(results), half)])
+def merge_tree(results: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The root of the tree over a power of two of results."""
+    while len(results) > 1:
+        results = [merge(*siblings) for siblings in zip(results[::2], results[1::2], strict=True)]
+    return results[0]

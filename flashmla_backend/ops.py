@@ -53,7 +53,7 @@ def schedule_on_cpu(
         row_tiles: `schedule.row_tiles_of(rows, h_kv)`.
         num_sms: thread blocks that run at once.
         rows: query rows of a request over all KV heads.
-        batch_invariant: cut into halves or leaves only.
+        batch_invariant: cut into subtrees of leaves only.
         items: [max_items, 4] (request, page_begin, page_end, split), part after part, unused rows -1.
         part_offsets: [parts + 1] into items.
         split_offsets: [B + 1] into the partial results.

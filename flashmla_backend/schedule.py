@@ -14,8 +14,8 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
    tried; the cost model picks the cheapest (busiest part, or reading all pages if that takes longer, + reduction),
    the first of these on a tie.
 
-In batch-invariant mode a request is cut into its two halves or into all its leaves (see `leaves`), and there is no
-level.
+In batch-invariant mode pieces are subtrees of leaves (see `leaves`): a request is cut into a power of two of them, none
+smaller than a leaf, and there is no level.
 
 Pieces are whole pages. Whether a short request is worth a second one, with its prologue and a reduction, is for the
 cost model to say.
@@ -128,7 +128,7 @@ def make_schedule(
         row_tiles: `row_tiles_of(s_q * h_q / h_kv, h_kv)`.
         num_sms: thread blocks that run at once.
         rows: query rows of a request over all KV heads, s_q * h_q; full row tiles by default.
-        batch_invariant: cut into halves or leaves only.
+        batch_invariant: cut into subtrees of leaves only.
     """
     model = cost or CostModel()
     pages = [pages_of(n) for n in seq_lens]
@@ -185,16 +185,16 @@ def loads(hands: Hands, cost: CostModel) -> list[int]:
 
 def piece_count(pages: int, cap: int, most: int | None = None) -> int:
     count = max(1, -(-pages // cap))
-    if most is None or count == 1:
+    if most is None:
         return count
-    leaves = leaf_count(pages, most)
-    return 2 if count == 2 and leaves > 1 else leaves
+    power_of_two = 1 << (count - 1).bit_length()
+    return min(power_of_two, leaf_count(pages, most))
 
 
 def cut(pages: Sequence[int], cap: int, most: int | None = None) -> list[Piece]:
     """Cut each request into near-equal pieces of at most `cap` pages, in order.
 
-    With at most `most` leaves a request: into halves or leaves, which are larger than the cap where leaves are.
+    With at most `most` leaves a request: into subtrees, which are larger than the cap where leaves are.
     """
     return [
         Piece(request, j, n * j // count, n * (j + 1) // count)

@@ -10,6 +10,7 @@ from flashmla_backend.leaves import max_leaves, room_floats
 from flashmla_backend.paging import D_V, describe
 from flashmla_backend.schedule import max_splits, num_parts, row_tiles_of
 
+PARTIAL_WIDTH = D_V // 2  # fp32 elements' worth of a row of a partial output, which is fp16
 ALIGNMENT = 128  # bytes: partial results are discarded from the L2 cache line by line
 
 
@@ -33,12 +34,7 @@ def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant
         return 0, 0, 0
     row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
     rooms = room_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
-    return partial_rows * partial_width(batch_invariant), rooms, partial_rows * 2
-
-
-def partial_width(batch_invariant: bool) -> int:
-    """fp32 elements' worth of a row of a partial output: fp16, or fp32 in batch-invariant mode."""
-    return D_V if batch_invariant else D_V // 2
+    return partial_rows * PARTIAL_WIDTH, rooms, partial_rows * 2
 
 
 def make_workspaces(
@@ -49,9 +45,9 @@ def make_workspaces(
     batch_invariant: bool = False,
     storage: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the results of any lengths: [max_splits, H_kv, rows, 256] fp32, each a pair of fp16 values,
-    [max_splits, H_kv, rows, 512] in batch-invariant mode; [max_splits, H_kv, rows, 2] of what belongs to the rows;
-    and in that mode the thread blocks' scratch. All fp32: torch.compile wants views of one storage to be of one dtype.
+    """Room for the results of any lengths: [max_splits, H_kv, rows, 256] fp32, each a pair of fp16 values;
+    [max_splits, H_kv, rows, 2] of what belongs to the rows; and in batch-invariant mode the thread blocks' scratch.
+    All fp32: torch.compile wants views of one storage to be of one dtype.
 
     The first elements of `storage`, an fp32 vector that begins at a multiple of 128 bytes; by default newly allocated.
     """
@@ -70,4 +66,4 @@ def make_workspaces(
             "multiple, where torch's own allocations begin"
         )
     out, rooms, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(-1, h_kv, rows, partial_width(batch_invariant)), lse.view(-1, h_kv, rows, 2), rooms
+    return out.view(-1, h_kv, rows, PARTIAL_WIDTH), lse.view(-1, h_kv, rows, 2), rooms

@@ -139,7 +139,7 @@ flashmla_status validate(const flashmla_decode_params& p) {
       pointer("split_offsets", p.split_offsets, 4), [&] { return check_planned(p); },
       pointer("out", p.out, 16), pointer("lse", p.lse, 4),
       pointer("partial_out", p.partial_out, 128), pointer("partial_lse", p.partial_lse, 8),
-      [&] { return p.max_leaves > 1 ? check_pointer("rooms", p.rooms, 16) : FLASHMLA_OK; });
+      [&] { return p.max_leaves > 1 ? check_pointer("rooms", p.rooms, 128) : FLASHMLA_OK; });
 }
 
 flashmla_status validate(const flashmla_schedule_params& p) {

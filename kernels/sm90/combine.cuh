@@ -204,9 +204,9 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     if (real) {
       request = requests(unit / kRowHalves / rows, cut);
       const int64_t source = static_cast<int64_t>(request.first + member) * rows + row;
-      merge.add_splits(static_cast<const uint4*>(a.partial_out) +
+      merge.add_splits(reinterpret_cast<const uint4*>(a.partial_out) +
                            source * (kLatent / kVectorColumns) + 32 * half + lane,
-                       static_cast<const uint2*>(a.partial_lse) + source, half,
+                       reinterpret_cast<const uint2*>(a.partial_lse) + source, half,
                        static_cast<int64_t>(group) * rows,
                        (request.count - member + group - 1) / group, discards);
     }

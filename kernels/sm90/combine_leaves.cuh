@@ -1,4 +1,5 @@
-// Batch-invariant mode: adds up the pieces of requests that were cut, as the decode kernel does.
+// Batch-invariant mode: merges the pieces of requests that were cut, which are subtrees, as the
+// decode kernel merges those of one thread block.
 #pragma once
 
 #include "sm90/combine.cuh"
@@ -6,72 +7,114 @@
 
 namespace flashmla {
 
-constexpr int kLeafRowVectors = kLatent / 128;  // 16-byte vectors of fp32 that a row is to a lane
-constexpr int kLeavesInFlight = 8;
+constexpr int kNodesInFlight = 8;  // whose vectors a lane has on their way
+constexpr int kLog2MostBatches = 3;
+static_assert(kNodesInFlight << kLog2MostBatches == FLASHMLA_MAX_LEAVES / 2);
 
-// A result; a lane holds one vector of a row.
+// Half a row of a node; a lane holds one vector of it.
 struct Node {
-  RowState state;
-  float4 out;
+  float lse, down;  // values are to be multiplied by the latter
+  uint4 values;     // fp16
+};
 
-  __device__ __forceinline__ void add(const Node& second) {
-    const Addition row(state, second.state);
-    state = row.state;
-    out = make_float4(row.sum(out.x, second.out.x), row.sum(out.y, second.out.y),
-                      row.sum(out.z, second.out.z), row.sum(out.w, second.out.w));
+// Two nodes in one, which is rounded unless it is the root.
+struct MergedNode {
+  float lse;
+  float out[kVectorColumns];
+
+  __device__ __forceinline__ MergedNode(const Node& first, const Node& second) {
+    const MergeWeights weights(first.lse, second.lse);
+    lse = weights.lse;
+    const float first_scale = __fmul_rn(weights.first, first.down);
+    const float second_scale = __fmul_rn(weights.second, second.down);
+    const uint32_t x[4] = {first.values.x, first.values.y, first.values.z, first.values.w};
+    const uint32_t y[4] = {second.values.x, second.values.y, second.values.z, second.values.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 merged = merge_pair(x[i], first_scale, y[i], second_scale);
+      out[2 * i] = merged.x, out[2 * i + 1] = merged.y;
+    }
+  }
+
+  __device__ __forceinline__ Node round() const {
+    float largest = 0.0f;
+#pragma unroll
+    for (const float x : out) largest = fmaxf(largest, fabsf(x));
+    largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+    const Fp16Scale scale(largest);
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[i] = pack<__half>(out[2 * i] * scale.up, out[2 * i + 1] * scale.up);
+    return {lse, scale.down, make_uint4(x[0], x[1], x[2], x[3])};
   }
 };
 
-// Partial results of one row, `stride` rows apart.
-struct Partials {
-  const float4* out;
-  const RowState* states;
+// The pieces of half a row, `stride` rows apart.
+struct Pieces {
+  const uint4* out;
+  const uint2* states;  // PartialStates
+  int half;
   int64_t stride;
 
   __device__ __forceinline__ Node load(int i) const {
-    const Node node{states[i * stride], __ldcs(out + i * stride * (kLatent / 4))};
-    return node.state.sum == 0.0f ? Node{node.state, {}} : node;
+    const uint2 state = __ldcs(states + i * stride);
+    const uint32_t own_scale = half == 0 ? state.y << 16 : state.y & 0xffff0000;
+    return {__uint_as_float(state.x), __uint_as_float(own_scale),
+            __ldcs(out + i * stride * (kLatent / kVectorColumns))};
   }
 
-  // After the whole warp has read it.
-  __device__ __forceinline__ void discard(int i) const {
-    if (threadIdx.x % 8 == 0) ptx::discard_line(out + i * stride * (kLatent / 4));
+  // The node above `count` neighbours from `first` on, a power of two.
+  __device__ __forceinline__ Node node_above(int first, int count) const {
+    Node node, waiting[kLog2MostBatches];
+#pragma unroll 1
+    for (int batch = 0; batch * kNodesInFlight < count; ++batch) {
+      Node nodes[kNodesInFlight];
+#pragma unroll
+      for (int i = 0; i < kNodesInFlight; ++i) {
+        if (i < count) nodes[i] = load(first + batch * kNodesInFlight + i);
+      }
+#pragma unroll
+      for (int step = 1; step < kNodesInFlight; step *= 2) {
+#pragma unroll
+        for (int i = 0; i + step < kNodesInFlight; i += 2 * step) {
+          if (i + step < count) nodes[i] = MergedNode(nodes[i], nodes[i + step]).round();
+        }
+      }
+      node = nodes[0];
+      bool carries = true;  // as in a thread block: merged_subtrees
+#pragma unroll
+      for (int level = 0; level < kLog2MostBatches; ++level) {
+        if (!carries) continue;
+        carries = batch >> level & 1;
+        if (carries) {
+          node = MergedNode(waiting[level], node).round();
+        } else {
+          waiting[level] = node;
+        }
+      }
+    }
+    return node;
+  }
+
+  // After the whole warp has read them.
+  __device__ __forceinline__ void discard(int first, int count) const {
+    __syncwarp();
+    for (int i = threadIdx.x % 8; i < count; i += 8)
+      ptx::discard_line(out - threadIdx.x % 8 + (first + i) * stride * (kLatent / kVectorColumns));
   }
 };
 
-// The sum of `count` partial results from `first` on, from left to right.
-__device__ __forceinline__ Node add_up(const Partials& partials, int first, int count,
-                                       bool discards) {
-  constexpr int kBatch = kLeavesInFlight;
-  Node sum = partials.load(first);
-#pragma unroll 1
-  for (int begin = 1; begin < count; begin += kBatch) {
-    Node next[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (begin + i < count) next[i] = partials.load(first + begin + i);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (begin + i < count) sum.add(next[i]);
-    }
-  }
-  if (discards) {
-    __syncwarp();
-    for (int i = first; i < first + count; ++i) partials.discard(i);
-  }
-  return sum;
-}
-
-struct CombineLeavesShared {
-  float4 out[kCombineWarps][32];
-  RowState state[kCombineWarps];
+// A node on its way to another warp.
+struct SharedNode {
+  uint4 values[32];
+  float lse, down;
 };
 
 template <typename Element>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ CombineLeavesShared shared;
+  __shared__ SharedNode shared[kCombineWarps];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int splits = __ldg(a.split_offsets + a.batch);
@@ -79,42 +122,57 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = a.h_kv * a.rows, units = cut * rows * kLeafRowVectors;
-  // A warp for each half of a row, where there are as many.
-  const int group = 2 * units <= static_cast<int>(gridDim.x) * kCombineWarps ? 2 : 1;
+  const int cut = requests.count(), rows = a.h_kv * a.rows, units = kRowHalves * cut * rows;
+  const int warps = gridDim.x * kCombineWarps;
+  // The pieces of half a row are shared among at least two warps, if need be one after the other,
+  // so that all but the root are rounded; among more where there are more.
+  int group = 2;
+  while (2 * group <= kCombineWarps && units * 2 * group <= warps && 2 * group * cut <= splits)
+    group *= 2;
+  const bool discards = group <= 4;  // where few rows are many warps' work it takes too long
   const int member = warp % group, per_round = gridDim.x * (kCombineWarps / group);
   for (int base = 0; base < units; base += per_round) {
     const int unit = base + warp / group * gridDim.x + blockIdx.x;
     const bool real = unit < units;
-    const int chunk = unit % kLeafRowVectors, row = unit / kLeafRowVectors % rows;
+    const int half = unit % kRowHalves, row = unit / kRowHalves % rows;
     CutRequest request{};
-    Node node{};
+    int active = 0;  // members with a subtree of the request
+    Node node;
     if (real) {
-      request = requests(unit / kLeafRowVectors / rows, cut);
-      // Its pieces are halves, or the leaves of both.
+      request = requests(unit / kRowHalves / rows, cut);
+      active = min(group, request.count);
       const int64_t source = static_cast<int64_t>(request.first) * rows + row;
-      const Partials partials{
-          static_cast<const float4*>(a.partial_out) + source * (kLatent / 4) + 32 * chunk + lane,
-          static_cast<const RowState*>(a.partial_lse) + source, rows};
-      node = add_up(partials, member * request.count / 2, request.count / 2, group == 1);
-      if (group == 1) node.add(add_up(partials, request.count / 2, request.count / 2, true));
+      const Pieces pieces{reinterpret_cast<const uint4*>(a.partial_out) +
+                              source * (kLatent / kVectorColumns) + 32 * half + lane,
+                          reinterpret_cast<const uint2*>(a.partial_lse) + source, half, rows};
+      const int count = request.count / active;
+      if (member < active) {
+        node = pieces.node_above(member * count, count);
+        if (discards) pieces.discard(member * count, count);
+      }
     }
-    if (group == 2) {
-      shared.out[warp][lane] = node.out;
-      if (lane == 0) shared.state[warp] = node.state;
+    for (int step = 1; step < group; step *= 2) {  // neighbours, then pairs of them
+      if (member % (2 * step) == step) {
+        shared[warp].values[lane] = node.values;
+        if (lane == 0) shared[warp].lse = node.lse, shared[warp].down = node.down;
+      }
       __syncthreads();
-      if (member == 0) node.add({shared.state[warp + 1], shared.out[warp + 1][lane]});
-      __syncthreads();
+      if (member % (2 * step) != 0 || member + step >= active) continue;
+      const SharedNode& other = shared[warp + step];
+      const MergedNode merged(node, {other.lse, other.down, other.values[lane]});
+      if (2 * step < active) {
+        node = merged.round();
+      } else {
+        const int64_t target = output_row(a, request.number, row / a.rows, row % a.rows);
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = pack<Element>(merged.out[2 * i], merged.out[2 * i + 1]);
+        reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + lane] =
+            make_uint4(x[0], x[1], x[2], x[3]);
+        if (half == 0 && lane == 0) a.lse[target] = merged.lse;
+      }
     }
-    if (real && member == 0) {
-      const int64_t target = output_row(a, request.number, row / a.rows, row % a.rows);
-      auto* out = static_cast<Element*>(a.out) + target * kLatent + 128 * chunk;
-      const float inverse = node.state.inverse();
-      reinterpret_cast<uint2*>(out)[lane] =
-          make_uint2(pack<Element>(node.out.x * inverse, node.out.y * inverse),
-                     pack<Element>(node.out.z * inverse, node.out.w * inverse));
-      if (chunk == 0 && lane == 0) a.lse[target] = node.state.lse();
-    }
+    __syncthreads();  // the next round writes what may still be read
   }
 }
 

@@ -64,8 +64,7 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
   constexpr int kCombineBlocks = 132 * kCombineBlocksPerSm;
-  const int combine_blocks =
-      p.batch * p.h_kv * arguments.rows * (kInvariant ? kLeafRowVectors : kRowHalves);
+  const int combine_blocks = p.batch * p.h_kv * arguments.rows * kRowHalves;
   error = launch_dependent(kInvariant ? combine_leaves_kernel<Element> : combine_kernel<Element>,
                            dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
                            kCombineThreads, 0, p.stream, arguments);
@@ -105,9 +104,9 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.faults = p.faults;
   arguments.out = p.out;
   arguments.lse = p.lse;
-  arguments.partial_out = p.partial_out;
-  arguments.partial_lse = p.partial_lse;
-  arguments.rooms = reinterpret_cast<float4*>(p.rooms);
+  arguments.partial_out = static_cast<__half*>(p.partial_out);
+  arguments.partial_lse = static_cast<PartialState*>(p.partial_lse);
+  arguments.rooms = reinterpret_cast<uint8_t*>(p.rooms);
   arguments.batch = p.batch;
   arguments.s_q = p.s_q;
   arguments.h_q = p.h_q;

@@ -16,7 +16,6 @@
 
 #include "sm90/bounds.cuh"
 #include "sm90/decode_shared.cuh"
-#include "sm90/leaves.cuh"
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"
 #include "sm90/ptx/copy.cuh"
@@ -114,8 +113,8 @@ __device__ __forceinline__ void rescale_output(float (&o)[128], const float (&fa
 // Columns 16 k .. 16 k + 15 of P, as A-operand registers, into the page's rope tile.
 __device__ __forceinline__ void store_probabilities(uint8_t* tile, int k, const uint32_t (&p)[4]) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  const int row = warp * 16 + lane % 16, chunk = 2 * k + lane / 16;
-  const uint32_t address = ptx::smem_address(tile + row * 128 + ((chunk ^ (row % 8)) * 16));
+  const int row = warp * 16 + lane % 16, chunk = (lane / 16) ^ (row % 8);
+  const uint32_t address = ptx::smem_address(tile + row * 128 + chunk * 16) ^ (k * 32);
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
                : "memory");
@@ -145,9 +144,12 @@ struct Span {
   __device__ __forceinline__ void advance(const DecodeArguments& a, const Item& item, int length) {
     start(a, item, length, end);
   }
-  __device__ __forceinline__ LeafPlace place(const DecodeArguments& a, const Item& item,
-                                             int length) const {
-    return {end - 1, item.page_begin, pages_of(item, length), a.max_leaves};
+  // Which leaf of the item it is, from 0.
+  __device__ __forceinline__ int leaf(const DecodeArguments& a, const Item& item,
+                                      int length) const {
+    const int pages = pages_of(item, length);
+    return leaf_number(pages, end - 1, a.max_leaves) -
+           leaf_number(pages, item.page_begin, a.max_leaves);
   }
 
  private:
@@ -195,6 +197,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
+    RowResult result[2];  // of a leaf, then of the subtree that ends with it
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -263,22 +266,19 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
-      if (final) {
-        if (kInvariant) {
-          RowState rows[2] = {softmax.row(0), softmax.row(1)};
-          Rooms(a, row_begin, 0).complete(span.place(a, item, length), o, rows);
-          softmax.set_row(0, rows[0]);
-          softmax.set_row(1, rows[1]);
-        }
-        break;
-      }
-      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
-      if (kInvariant && span_ends) {  // while S of the next page is computed
+      if (kInvariant && span_ends) {
         const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
-        Rooms(a, row_begin, 0).add(span.place(a, item, length), o, leaf);
+        finish_leaf(leaf, o, result);
+        const Rooms rooms(a, row_begin);
+        const int number = span.leaf(a, item, length);
+        rooms.merge(merged_subtrees(number, final), 0, o, result);
+        if (final) break;
+        rooms.store(waiting_subtree(number), 0, o, result);
         span.advance(a, item, length);
         softmax = OnlineSoftmax{};
       }
+      if (!kInvariant && final) break;
+      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
     }
@@ -287,12 +287,10 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     float factor[2], lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = !kInvariant ? inverse_of(softmax.sum[r])
-                  : whole     ? softmax.row(r).inverse()
-                              : 1.0f;
-      lse[r] = kInvariant ? softmax.row(r).lse() : softmax.log_sum(r);
+      factor[r] = kInvariant ? result[r].factor : inverse_of(softmax.sum[r]);
+      lse[r] = kInvariant ? result[r].lse : softmax.log_sum(r);
     }
-    store_output<Element, kInvariant>(a, item, kv_head, row_begin, 0, o, factor);
+    store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -300,12 +298,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         if (row >= a.rows) continue;
         if (whole) {
           a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
-        } else if (kInvariant) {
-          static_cast<RowState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)] =
-              softmax.row(r);
         } else {
-          static_cast<PartialState*>(a.partial_lse)[partial_row(a, item.split, kv_head, row)].lse =
-              lse[r];
+          a.partial_lse[partial_row(a, item.split, kv_head, row)].lse = lse[r];
         }
       }
     }
@@ -318,6 +312,15 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
+  const auto release = [&] {
+    __syncwarp();  // all lanes have read what they need
+    if (lane == 0) {
+      ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
+      ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
+    }
+    ring.advance();
+    p_ring.advance();
+  };
   float o[128];
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
@@ -328,7 +331,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
     float sum[2];
-    RowState rows[2];  // of the last leaf, then of the item, in batch-invariant mode
+    RowResult result[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -356,34 +359,35 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ptx::wgmma_commit();
       span.fresh = false;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
-      if (span_ends) {  // before the stage is released
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          sum[r] = shared.sum[p_ring.stage][accumulator_row(r)];
-          if (kInvariant) rows[r] = {shared.anchor[p_ring.stage][accumulator_row(r)], sum[r]};
-        }
+      if (!kInvariant && span_ends) {
+        sum[0] = shared.sum[p_ring.stage][accumulator_row(0)];
+        sum[1] = shared.sum[p_ring.stage][accumulator_row(1)];
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      __syncwarp();  // all lanes have read their factors
-      if (lane == 0) {
-        ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
-        ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
+      RowState leaf[2];
+      if (kInvariant && span_ends) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          leaf[r] = {shared.anchor[p_ring.stage][accumulator_row(r)],
+                     shared.sum[p_ring.stage][accumulator_row(r)]};
+        }
       }
-      ring.advance();
-      p_ring.advance();
-      if (kInvariant && span_ends && !final) {
-        Rooms(a, row_begin, 1).add(span.place(a, item, length), o, rows);
+      release();
+      if (kInvariant && span_ends) {
+        finish_leaf(leaf, o, result);
+        const Rooms rooms(a, row_begin);
+        const int number = span.leaf(a, item, length);
+        rooms.merge(merged_subtrees(number, final), 1, o, result);
+        if (final) break;
+        rooms.store(waiting_subtree(number), 1, o, result);
         span.advance(a, item, length);
       }
     }
-    if (kInvariant) Rooms(a, row_begin, 1).complete(span.place(a, item, length), o, rows);
     float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      factor[r] = !kInvariant ? inverse_of(sum[r]) : item.split < 0 ? rows[r].inverse() : 1.0f;
-    }
-    store_output<Element, kInvariant>(a, item, kv_head, row_begin, 1, o, factor);
+    for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : inverse_of(sum[r]);
+    store_output<Element>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -36,9 +37,9 @@ struct DecodeArguments {
   flashmla_fault_box* faults;
   void* out;
   float* lse;
-  void* partial_out;
-  void* partial_lse;
-  float4* rooms;
+  __half* partial_out;
+  PartialState* partial_lse;
+  uint8_t* rooms;
   int batch, s_q, h_q, h_kv;
   int group;           // h_q / h_kv
   int rows;            // s_q * group
@@ -59,7 +60,7 @@ __device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int requ
 // Offset of the same row in [splits, H_kv, rows].
 __device__ __forceinline__ int64_t partial_row(const DecodeArguments& a, int split, int kv_head,
                                                int row) {
-  return (static_cast<int64_t>(split) * a.h_kv + kv_head) * a.rows + row;
+  return (static_cast<int64_t>(split) * a.h_kv + kv_head) * a.rows + static_cast<uint32_t>(row);
 }
 
 }  // namespace flashmla

@@ -1,8 +1,8 @@
 // Batch-invariant mode: how a request's pages are cut into leaves, by its length alone.
 //
-// A leaf is computed from fresh accumulators. The leaves of each half of a request are added up
-// from left to right, then the halves. flashmla_backend/leaves.py specifies it all. Nothing here
-// but integer arithmetic: tests/emulation compiles it for the host.
+// A leaf is computed from fresh accumulators; leaves are merged pairwise, as a binary tree.
+// flashmla_backend/leaves.py specifies it all. Nothing here but integer arithmetic:
+// tests/emulation compiles it for the host.
 #pragma once
 
 #include <cstdint>
@@ -25,35 +25,27 @@ __device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
   return count < max_leaves ? count : max_leaves;
 }
 
-// The leaf that holds `page`, of 2^`log_count` leaves.
-__device__ __forceinline__ int leaf_number(int pages, int page, int log_count) {
+// The leaf that holds `page`, of a request of `pages` pages.
+__device__ __forceinline__ int leaf_number(int pages, int page, int max_leaves) {
+  const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
   return ((static_cast<uint32_t>(page + 1) << log_count) - 1) / pages;
 }
 
-__device__ __forceinline__ int leaf_begin(int pages, int number, int log_count) {
-  return static_cast<int>(static_cast<uint64_t>(pages) * number >> log_count);
-}
-
-// Where the leaf that holds `page` ends, of a request of `pages` pages.
+// Where that leaf ends.
 __device__ __forceinline__ int leaf_end(int pages, int page, int max_leaves) {
   const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
-  return leaf_begin(pages, leaf_number(pages, page, log_count) + 1, log_count);
+  const int64_t next = leaf_number(pages, page, max_leaves) + 1;
+  return static_cast<int>(pages * next >> log_count);
 }
 
-// Where the leaf that holds `page` belongs. A thread block has a room for what it has of each half
-// of a request; the last leaf of an item is not added to it but takes up what waits.
-struct LeafPlace {
-  int half;
-  int first_half;  // of the item, which begins with `item_begin`
-  bool opens;      // its half: the room is empty
+// The leaves of an item, counted from 0, are merged as a binary counter carries: bit n of what
+// this returns says that a subtree of 2^n leaves waits for the one that ends with `leaf`. The
+// lowest is merged first. The last leaf takes up all that wait.
+__device__ __forceinline__ uint32_t merged_subtrees(int leaf, bool last) {
+  return last ? leaf : leaf & ~(leaf + 1);
+}
 
-  __device__ __forceinline__ LeafPlace(int page, int item_begin, int pages, int max_leaves) {
-    const int leaves = leaf_count(pages, max_leaves), log_count = 31 - __clz(leaves);
-    const int number = leaf_number(pages, page, log_count);
-    half = 2 * number >= leaves;
-    first_half = item_begin == 0 ? 0 : half;
-    opens = leaf_begin(pages, number, log_count) <= item_begin || 2 * number == leaves;
-  }
-};
+// Log2 of the leaves of the subtree that ends with `leaf`, which then waits.
+__device__ __forceinline__ int waiting_subtree(int leaf) { return __ffs(~leaf) - 1; }
 
 }  // namespace flashmla

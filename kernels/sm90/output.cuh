@@ -11,13 +11,6 @@ __device__ __forceinline__ void pin_words(uint32_t (&v)[4][4]) {
   for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(v[i / 4][i % 4]));
 }
 
-// The same number, but not to the compiler: what follows from it would be worked out ahead of the
-// items, and take registers all the time.
-__device__ __forceinline__ int opaque(int number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
-
 // One row of O, 256 columns from `column` on: this thread's o[4 n + 2 r + {0, 1}] are columns
 // 8 n + 2 (lane % 4) + {0, 1}. All values of a batch are ready before its first store, or each
 // store would wait for the registers of the one before.
@@ -47,38 +40,6 @@ __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const
   }
 }
 
-template <>
-__device__ __forceinline__ void store_row(float* out, bool valid, int r, const float (&o)[128],
-                                          float inverse_sum) {
-  const int quad = threadIdx.x % 4;
-  const bool odd = quad & 1;
-  const int own_columns = opaque(8 * odd + 4 * (quad / 2));
-#pragma unroll
-  for (int batch = 0; batch < 32; batch += 8) {
-    uint32_t v[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // Neighbours exchange pairs of columns: each thread then owns 16 contiguous bytes.
-      const int x = 4 * (batch + 2 * i) + 2 * r;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float here = o[x + j], there = o[x + j + 4];
-        const float got = __shfl_xor_sync(~0u, odd ? here : there, 1) * inverse_sum;
-        const float own = (odd ? there : here) * inverse_sum;
-        v[i][j] = __float_as_uint(odd ? got : own);
-        v[i][j + 2] = __float_as_uint(odd ? own : got);
-      }
-    }
-    pin_words(v);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (valid)
-        *reinterpret_cast<uint4*>(out + 8 * (batch + 2 * i) + own_columns) =
-            make_uint4(v[i][0], v[i][1], v[i][2], v[i][3]);
-    }
-  }
-}
-
 // The power of two that brings a row's largest magnitude to 2^14 .. 2^15, so that fp16 holds all
 // but the tiniest of its values in full precision; and its inverse.
 struct Fp16Scale {
@@ -102,10 +63,9 @@ __device__ __forceinline__ float largest_of_row(const float (&o)[128], int r) {
   return quad_max(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])));
 }
 
-// One half of O, [64, 256] of this warpgroup, to the output or to the partial results: in free mode
-// as fp16, since writing and reading them back is what cutting costs; in batch-invariant mode as
-// fp32 sums that are not normalised.
-template <typename Element, bool kInvariant>
+// One half of O, [64, 256] of this warpgroup, to the output or to the partial results; there as
+// fp16, since writing and reading them back is what cutting costs.
+template <typename Element>
 __device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
                                              int kv_head, int row_begin, int half,
                                              const float (&o)[128], const float (&inverse_sum)[2]) {
@@ -121,17 +81,10 @@ __device__ __forceinline__ void store_output(const DecodeArguments& a, const Ite
       continue;
     }
     const int64_t partial = partial_row(a, item.split, kv_head, row);
-    if (kInvariant) {
-      store_row(static_cast<float*>(a.partial_out) + partial * kLatent + column, valid, r, o,
-                inverse_sum[r]);
-    } else {
-      const Fp16Scale scale(largest_of_row(o, r) * inverse_sum[r]);
-      store_row(static_cast<__half*>(a.partial_out) + partial * kLatent + column, valid, r, o,
-                inverse_sum[r] * scale.up);
-      if (valid && threadIdx.x % 4 == 0)
-        static_cast<PartialState*>(a.partial_lse)[partial].scale[half] =
-            __float_as_uint(scale.down) >> 16;
-    }
+    const Fp16Scale scale(largest_of_row(o, r) * inverse_sum[r]);
+    store_row(a.partial_out + partial * kLatent + column, valid, r, o, inverse_sum[r] * scale.up);
+    if (valid && threadIdx.x % 4 == 0)
+      a.partial_lse[partial].scale[half] = __float_as_uint(scale.down) >> 16;
   }
 }
 

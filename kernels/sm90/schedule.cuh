@@ -97,8 +97,9 @@ __device__ __forceinline__ Range piece_range(int pages, int number, int count) {
 __device__ __forceinline__ int piece_count(int pages, int cap, int max_leaves) {
   const int count = pages == 0 ? 1 : (pages + cap - 1) / cap;
   if (max_leaves == 0 || count == 1) return count;
-  const int leaves = leaf_count(pages, max_leaves);
-  return count == 2 && leaves > 1 ? 2 : leaves;  // halves
+  // Subtrees: near-equal pieces of a power of two are whole leaves.
+  const int power = 1 << (32 - __clz(count - 1)), leaves = leaf_count(pages, max_leaves);
+  return power < leaves ? power : leaves;
 }
 
 // One per thread; every method is called by the whole block.
@@ -118,8 +119,7 @@ class Scheduler {
     const int longest = read_pages();
     const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
     cut(cap);
-    // Leaves and halves have no more pages than the longest request, free pieces no more than the
-    // cap.
+    // Subtrees have no more pages than the longest request, free pieces no more than the cap.
     const int most = a_.max_leaves == 0 ? cap : longest;
     sort(most);
     return total_cost(deal());

@@ -80,7 +80,6 @@ __device__ __forceinline__ float inverse_of(float sum) { return sum > 0.0f ? 1.0
 
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
-  float limit[2] = {kNegativeInfinity, kNegativeInfinity};    // a larger score asks for a rescale
   float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units
   float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
 
@@ -109,7 +108,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       largest[r][0] =
           fmaxf(fmaxf(largest[r][0], largest[r][1]), fmaxf(largest[r][2], largest[r][3]));
-      grown |= largest[r][0] > limit[r];
+      grown |= (largest[r][0] - maximum[r]) * scale_log2 > kLazyRescale;
     }
     if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
@@ -117,7 +116,6 @@ struct OnlineSoftmax {
       const float next = fmaxf(maximum[r], quad_max(largest[r][0]));
       // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
       anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
-      limit[r] = next + kLazyRescale / scale_log2;
       rescale[r] = exp2_fast(maximum[r] * scale_log2 - anchor[r]);
       maximum[r] = next;
       sum[r] *= rescale[r];
@@ -146,10 +144,6 @@ struct OnlineSoftmax {
   }
 
   __device__ __forceinline__ RowState row(int r) const { return {anchor[r], sum[r]}; }
-  __device__ __forceinline__ void set_row(int r, const RowState& row) {
-    anchor[r] = row.anchor;
-    sum[r] = row.sum;
-  }
 
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
   __device__ __forceinline__ float log_sum(int r) const {

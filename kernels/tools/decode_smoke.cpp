@@ -77,7 +77,7 @@ class Case {
         out_(expected_.out.size()),
         lse_(expected_.lse.size()),
         partial_out_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows() *
-                     kLatent),
+                     kLatent / 2),  // of fp16
         partial_lse_(size_t{2} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
     if (plan.items.empty()) return;
     items_ = Room<int32_t>(plan.items);
@@ -139,9 +139,9 @@ class Case {
 
   // Batch-invariant mode, with trees of up to 16 leaves.
   bool invariant_decode() {
-    constexpr int kMaxLeaves = 16, kRooms = 2;
+    constexpr int kMaxLeaves = 16, kLevels = 4;
     const int rows = shape_.rows() / shape_.h_kv, tiles = (rows + 63) / 64;
-    const Room<float> rooms(size_t{1} * plan_.parts * shape_.h_kv * tiles * kRooms *
+    const Room<float> rooms(size_t{1} * plan_.parts * shape_.h_kv * tiles * kLevels *
                             ((std::min(rows, 64) + 15) / 16) * FLASHMLA_ROOM_FLOATS_OF_16_ROWS);
     flashmla_schedule_params schedule = schedule_params();
     flashmla_decode_params params = decode_params();

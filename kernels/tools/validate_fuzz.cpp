@@ -133,7 +133,7 @@ bool documented(const flashmla_decode_params& p) {
          aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4) && aligned(p.out, 16) &&
          aligned(p.lse, 4) && aligned(p.partial_out, 128) && aligned(p.partial_lse, 8) &&
          (p.planned_lens == nullptr || (aligned(p.planned_lens, 4) && aligned(p.faults, 8))) &&
-         (p.max_leaves <= 1 || aligned(p.rooms, 16));
+         (p.max_leaves <= 1 || aligned(p.rooms, 128));
 }
 
 // What bounds.h documents.

@@ -1,28 +1,34 @@
-// Runs the decode kernel's walk over leaves on the CPU, case after case from stdin: pages,
-// max_leaves. Prints a line per case: where each leaf ends, then in which order they are added up.
+// Runs the decode kernel's walk over the leaves of an item on the CPU, case after case from stdin:
+// pages of the request, max_leaves, first page and end of the item. Prints a line per case: where
+// each leaf ends, then in which order they are merged, each by its first page.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "cuda_threads.h"
 // after the emulated CUDA names
 #include "sm90/leaves.cuh"
 
 int main() {
-  int pages, max_leaves;
-  while (std::scanf("%d %d", &pages, &max_leaves) == 2) {
-    std::string rooms[2], result;
-    for (int page = 0, number = 0; page < pages; ++number) {
-      const flashmla::LeafPlace place(page, 0, pages, max_leaves);
-      page = flashmla::leaf_end(pages, page, max_leaves);
-      std::printf("%d ", page);
-      const auto add = [&](int half) { result = "(" + rooms[half] + "+" + result + ")"; };
-      result = std::to_string(number);
-      if (!place.opens) add(place.half);
-      if (page < pages) {
-        rooms[place.half] = result;
-      } else if (place.half == 1) {
-        add(0);
+  int pages, max_leaves, begin, item_end;
+  while (std::scanf("%d %d %d %d", &pages, &max_leaves, &begin, &item_end) == 4) {
+    std::vector<std::string> rooms(__ffs(max_leaves) - 1);  // one for each level below the root
+    std::string result;
+    for (int leaf = 0, page = begin; page < item_end; ++leaf) {
+      const int end = std::min(item_end, flashmla::leaf_end(pages, page, max_leaves));
+      std::printf("%d ", end);
+      result = std::to_string(page);
+      page = end;
+      const bool last = page == item_end;
+      const uint32_t merged = flashmla::merged_subtrees(leaf, last);
+      for (int level = 0; merged >> level > 0; ++level) {
+        if ((merged >> level & 1) == 0) continue;
+        result = "(" + rooms.at(level) + "+" + result + ")";
+        rooms.at(level) = "taken";
       }
+      if (!last) rooms.at(flashmla::waiting_subtree(leaf)) = result;
     }
     std::printf("%s\n", result.c_str());
   }

@@ -10,12 +10,19 @@ import pytest
 import torch
 
 import flashmla_backend
+from flashmla_backend.leaves import MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES
 from tests.kernels.problems import DTYPES, POISON_PAGE, SCALE, Problem, fault, make_problem, oracle, plan_of
 
 Record = Callable[[str, object], None]
 
-# Across page edges (64 tokens) and edges where leaves grow more (8, 12, 16, 24, 48, .. pages), up to several groups.
-NEEDLES = [1, 3, 63, 64, 65, 255, 257, 448, 511, 512, 513, 767, 769, 1000, 1024, 1025, 1537, 3073, 4097, 9000, 20011]
+# Across page edges (64 tokens) and the lengths where leaves become twice as many.
+MORE_LEAVES = [
+    64 * (leaves * smallest - 1) + tokens
+    for smallest in (MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES)
+    for leaves in (2, 4, 8, 16)
+    for tokens in (0, 1)
+]
+NEEDLES = [1, 3, 63, 64, 65, 255, 257, 511, 512, 513, 1000, 1025, 9000, 20011, *MORE_LEAVES]
 BATCHES = [1, 2, 5, 16, 64, 256]
 PAD = -1
 SMALL_AND_LARGE_PAGES = [(16, 2, 1, 64), (128, 2, 3, 256), (126, 3, 1, 128), (128, 1, 1, 16), (20, 2, 2, 32)]

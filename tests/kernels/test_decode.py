@@ -127,12 +127,13 @@ def test_edge_lengths(length: int) -> None:
 CUT = [5000, 64, 700, 130]  # lengths of which some are cut, whatever the heads
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("exponent", [-80, -20, 20, 80])
 @pytest.mark.parametrize("h_q", [1, 16, 126])
-def test_partial_results_keep_their_precision_at_any_magnitude(h_q: int, exponent: int) -> None:
+def test_partial_results_keep_their_precision_at_any_magnitude(h_q: int, exponent: int, batch_invariant: bool) -> None:
     """A cache of other powers of two, and queries of the inverse ones: the same scores, and the same bits of O."""
     problem = make_problem(CUT, h_q=h_q)
-    plan = plan_of(problem, causal=True)
+    plan = plan_of(problem, causal=True, batch_invariant=batch_invariant)
     assert plan.split_offsets[-1] > 0
     out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
     other = problem.q * 2.0**-exponent, problem.kv_cache * 2.0**exponent
@@ -140,13 +141,15 @@ def test_partial_results_keep_their_precision_at_any_magnitude(h_q: int, exponen
     assert torch.equal(scaled.double(), out.double() * 2.0**exponent) and torch.equal(lse, scaled_lse)
 
 
-def test_partial_results_keep_columns_of_all_magnitudes() -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_partial_results_keep_columns_of_all_magnitudes(batch_invariant: bool) -> None:
     """Every column of V is of a magnitude of its own, down to 2^-40: each is as precise as it would be alone."""
     problem = make_problem(CUT, h_q=16)
     magnitudes = 2.0 ** -(torch.arange(512, device="cuda") * 37 % 41)
     for rows in (problem.kv_cache, problem.tokens):
         rows[..., :512] *= magnitudes
-    out, lse = decode(problem, causal=True)
+    plan = plan_of(problem, causal=True, batch_invariant=batch_invariant)
+    out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
     expected_out, expected_lse = oracle(problem, causal=True)
     fine = magnitudes > 2.0**-28  # what fp16 holds in full below a row's largest
     assert fault(out / magnitudes * fine, lse, expected_out / magnitudes * fine, expected_lse) is None

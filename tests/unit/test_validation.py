@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashmla_backend import native, sm90
-from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES
+from flashmla_backend.leaves import MAX_LEAVES, MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES, ROOM_FLOATS
 from flashmla_backend.schedule import MAX_ROUNDS, TILE_TOKENS
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -168,9 +168,10 @@ def test_without_a_hopper_gpu_good_arguments_are_refused_too() -> None:
         ("sm90/leaves.cuh", "kMinLeafPages", MIN_LEAF_PAGES),
         ("sm90/leaves.cuh", "kMinSharedLeafPages", MIN_SHARED_LEAF_PAGES),
         ("include/flashmla/schedule.h", "FLASHMLA_MAX_LEAVES", MAX_LEAVES),
+        ("include/flashmla/decode.h", "FLASHMLA_ROOM_FLOATS_OF_16_ROWS", ROOM_FLOATS),
     ],
 )
-def test_constants_of_the_device_scheduler_are_the_specifications(file: str, name: str, value: int) -> None:
+def test_constants_of_the_device_are_the_specifications(file: str, name: str, value: int) -> None:
     """The cost model needs no such test: the device is told it in every call."""
-    (found,) = re.findall(rf"{name} = (\d+)[,;]", (KERNELS / file).read_text())
+    (found,) = re.findall(rf"{name} = (\d+)[,; ]", (KERNELS / file).read_text())
     assert int(found) == value

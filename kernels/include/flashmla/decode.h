@@ -56,18 +56,19 @@ typedef struct flashmla_decode_params {
 
   void* out;          // [B, S_q, H_q, 512] contiguous
   float* lse;         // [B, S_q, H_q]
-  void* partial_out;  // [splits, H_kv, rows, 512] fp16; fp32 in batch-invariant mode
+  void* partial_out;  // [splits, H_kv, rows, 512] fp16
   void* partial_lse;  // [splits, H_kv, rows, 8 bytes] what belongs to a row of it; 8-byte aligned
-  // Batch-invariant mode, 16-byte aligned: for each thread block of the decode kernel two
-  // rooms for results that wait, of FLASHMLA_ROOM_FLOATS_OF_16_ROWS for every 16 rows each; none
-  // with a single leaf.
+  // Batch-invariant mode, 128-byte aligned: for each thread block of the decode kernel
+  // log2(max_leaves) rooms for results that wait, of FLASHMLA_ROOM_FLOATS_OF_16_ROWS for every 16
+  // rows each; none with a single leaf.
   float* rooms;
 
   void* stream;  // cudaStream_t
 } flashmla_decode_params;
 
-// One such room: fp32 results of the rows of one thread block, in sixteens.
-enum { FLASHMLA_ROOM_FLOATS_OF_16_ROWS = 2 * 32 * 33 * 4 };
+// One such room: results of the rows of one thread block, in sixteens: fp16 values, and 16 bytes of
+// states for every lane of the two warps that have halves of them.
+enum { FLASHMLA_ROOM_FLOATS_OF_16_ROWS = 4352 };
 
 // Enqueues the decode and the combine kernel on the current device.
 // Errors: INVALID_ARGUMENT, UNSUPPORTED_DEVICE, CUDA_ERROR.

@@ -30,7 +30,7 @@ typedef struct flashmla_cost_model {
 typedef struct flashmla_schedule_params {
   int batch;
   int num_parts;
-  int max_leaves;  // batch-invariant mode: cut only into halves or leaves, at most so many, a
+  int max_leaves;  // batch-invariant mode: cut only into subtrees of at most so many leaves, a
                    // power of two; 0: cut anywhere
   flashmla_cost_model cost;
   const int32_t* seq_lens;  // [batch]; a negative length counts as 0

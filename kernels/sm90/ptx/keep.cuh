@@ -7,24 +7,18 @@ namespace flashmla::ptx {
 
 constexpr uint64_t kEvictLast = 0x14F0000000000000;  // cache policy
 
-__device__ __forceinline__ float4 load_kept(const float4* from) {
-  float4 x;
-  asm volatile("ld.global.cg.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+__device__ __forceinline__ uint4 load_kept(const uint4* from) {
+  uint4 x;
+  asm volatile("ld.global.cg.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from), "l"(kEvictLast)
                : "memory");
   return x;
 }
 
-__device__ __forceinline__ void store_kept(float4* to, float4 x) {
-  asm volatile("st.global.cg.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(x.x),
-               "f"(x.y), "f"(x.z), "f"(x.w), "l"(kEvictLast)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_kept(float2* to, float2 x) {
-  asm volatile("st.global.cg.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to), "f"(x.x),
-               "f"(x.y), "l"(kEvictLast)
+__device__ __forceinline__ void store_kept(uint4* to, uint4 x) {
+  asm volatile("st.global.cg.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w), "l"(kEvictLast)
                : "memory");
 }
 
@@ -32,21 +26,6 @@ __device__ __forceinline__ void store_kept(float2* to, float2 x) {
 // again (PTX: discard).
 __device__ __forceinline__ void discard_line(const void* line) {
   asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
-}
-
-// Additions that the memory does: nothing is returned, so nothing is waited for. They round to
-// nearest; numbers too small for a normal float are zero (PTX: red).
-__device__ __forceinline__ void add_kept(float4* to, float4 x) {
-  asm volatile(
-      "red.relaxed.gpu.global.add.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
-      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "l"(kEvictLast)
-      : "memory");
-}
-
-__device__ __forceinline__ void add_kept(float2* to, float2 x) {
-  asm volatile("red.relaxed.gpu.global.add.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(to),
-               "f"(x.x), "f"(x.y), "l"(kEvictLast)
-               : "memory");
 }
 
 }  // namespace flashmla::ptx
