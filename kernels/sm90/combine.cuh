@@ -17,6 +17,28 @@ constexpr int kSplitsInFlight = 8;  // whose vectors a lane has on their way
 constexpr int kRowHalves = 2;       // as O is kept; each one warp's vectors
 static_assert(kRowHalves * 32 * kVectorColumns == kLatent);
 
+// Of both halves' scales, as PartialState keeps them, that of one.
+__device__ __forceinline__ float scale_of(uint32_t scales, int half) {
+  return __uint_as_float(half == 0 ? scales << 16 : scales & 0xffff0000);
+}
+
+// Half rows `first` .. `first + count - 1`, `stride` rows apart, which a warp has read for the last
+// time; `own` is a lane's vector of the one numbered 0. Eight lanes share a line.
+__device__ __forceinline__ void discard_half_rows(const uint4* own, int first, int count,
+                                                  int64_t stride) {
+  __syncwarp();  // all lanes have read theirs
+  for (int i = threadIdx.x % 8; i < count; i += 8)
+    ptx::discard_line(own - threadIdx.x % 8 + (first + i) * stride * (kLatent / kVectorColumns));
+}
+
+template <typename Element>
+__device__ __forceinline__ uint4 pack_vector(const float (&x)[kVectorColumns], float scale) {
+  uint32_t pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = pack<Element>(x[2 * i] * scale, x[2 * i + 1] * scale);
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
 // A running sum of weighted partial results of half a row; a lane holds one vector of it.
 struct Merge {
   float maximum = kNegativeInfinity, sum = 0.0f;
@@ -78,28 +100,17 @@ struct Merge {
           const float weight = weigh(lse[i], 1.0f);
           // A piece that holds no token this row sees weighs nothing, whatever its result.
           if (weight == 0.0f) continue;
-          const uint32_t own_scale = half == 0 ? scales[i] << 16 : scales[i] & 0xffff0000;
-          add(x[i], weight * __uint_as_float(own_scale));
+          add(x[i], weight * scale_of(scales[i], half));
         }
       }
-      if (discards) {
-        __syncwarp();  // all lanes have read theirs
-        const int read = min(kSplitsInFlight, count - base);
-        for (int i = threadIdx.x % 8; i < read; i += 8)
-          ptx::discard_line(first - threadIdx.x % 8 + i * next_split);
-      }
+      if (discards) discard_half_rows(first, 0, min(kSplitsInFlight, count - base), stride);
     }
   }
 
   // Every lane its own vector of the row's half.
   template <typename Element>
   __device__ __forceinline__ void store(uint4* out_vector) const {
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    uint32_t pairs[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      pairs[i] = pack<Element>(out[2 * i] * inverse, out[2 * i + 1] * inverse);
-    *out_vector = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    *out_vector = pack_vector<Element>(out, sum > 0.0f ? 1.0f / sum : 0.0f);
   }
 
   __device__ __forceinline__ float log_sum() const {

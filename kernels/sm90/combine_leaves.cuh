@@ -42,11 +42,7 @@ struct MergedNode {
     for (const float x : out) largest = fmaxf(largest, fabsf(x));
     largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
     const Fp16Scale scale(largest);
-    uint32_t x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      x[i] = pack<__half>(out[2 * i] * scale.up, out[2 * i + 1] * scale.up);
-    return {lse, scale.down, make_uint4(x[0], x[1], x[2], x[3])};
+    return {lse, scale.down, pack_vector<__half>(out, scale.up)};
   }
 };
 
@@ -59,8 +55,7 @@ struct Pieces {
 
   __device__ __forceinline__ Node load(int i) const {
     const uint2 state = __ldcs(states + i * stride);
-    const uint32_t own_scale = half == 0 ? state.y << 16 : state.y & 0xffff0000;
-    return {__uint_as_float(state.x), __uint_as_float(own_scale),
+    return {__uint_as_float(state.x), scale_of(state.y, half),
             __ldcs(out + i * stride * (kLatent / kVectorColumns))};
   }
 
@@ -96,13 +91,6 @@ struct Pieces {
     }
     return node;
   }
-
-  // After the whole warp has read them.
-  __device__ __forceinline__ void discard(int first, int count) const {
-    __syncwarp();
-    for (int i = threadIdx.x % 8; i < count; i += 8)
-      ptx::discard_line(out - threadIdx.x % 8 + (first + i) * stride * (kLatent / kVectorColumns));
-  }
 };
 
 // A node on its way to another warp.
@@ -124,8 +112,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
   const CutRequests requests{a.split_offsets, a.batch};
   const int cut = requests.count(), rows = a.h_kv * a.rows, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
-  // The pieces of half a row are shared among at least two warps, if need be one after the other,
-  // so that all but the root are rounded; among more where there are more.
+  // At least two warps a half row: each has a child of the root, or a subtree of one.
   int group = 2;
   while (2 * group <= kCombineWarps && units * 2 * group <= warps && 2 * group * cut <= splits)
     group *= 2;
@@ -148,7 +135,7 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
       const int count = request.count / active;
       if (member < active) {
         node = pieces.node_above(member * count, count);
-        if (discards) pieces.discard(member * count, count);
+        if (discards) discard_half_rows(pieces.out, member * count, count, pieces.stride);
       }
     }
     for (int step = 1; step < group; step *= 2) {  // neighbours, then pairs of them

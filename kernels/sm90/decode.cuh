@@ -16,6 +16,7 @@
 
 #include "sm90/bounds.cuh"
 #include "sm90/decode_shared.cuh"
+#include "sm90/leaves.cuh"
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"
 #include "sm90/ptx/copy.cuh"
@@ -165,6 +166,22 @@ struct Span {
   }
 };
 
+// A leaf takes up what waits for it, then waits itself, unless it is the item's last: then `result`
+// and `o` are those of the item.
+template <bool kInvariant>
+__device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& item, int length,
+                                         int row_begin, int half, bool last,
+                                         const RowState (&leaf)[2], Span<kInvariant>& span,
+                                         float (&o)[128], RowResult (&result)[2]) {
+  finish_leaf(leaf, o, result);
+  const Rooms rooms(a, row_begin);
+  const int number = span.leaf(a, item, length);
+  rooms.merge(merged_subtrees(number, last), half, o, result);
+  if (last) return;
+  rooms.store(waiting_subtree(number), half, o, result);
+  span.advance(a, item, length);
+}
+
 template <typename Element, bool kInvariant>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
@@ -268,13 +285,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
       if (kInvariant && span_ends) {
         const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
-        finish_leaf(leaf, o, result);
-        const Rooms rooms(a, row_begin);
-        const int number = span.leaf(a, item, length);
-        rooms.merge(merged_subtrees(number, final), 0, o, result);
+        end_leaf(a, item, length, row_begin, 0, final, leaf, span, o, result);
         if (final) break;
-        rooms.store(waiting_subtree(number), 0, o, result);
-        span.advance(a, item, length);
         softmax = OnlineSoftmax{};
       }
       if (!kInvariant && final) break;
@@ -375,13 +387,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       release();
       if (kInvariant && span_ends) {
-        finish_leaf(leaf, o, result);
-        const Rooms rooms(a, row_begin);
-        const int number = span.leaf(a, item, length);
-        rooms.merge(merged_subtrees(number, final), 1, o, result);
+        end_leaf(a, item, length, row_begin, 1, final, leaf, span, o, result);
         if (final) break;
-        rooms.store(waiting_subtree(number), 1, o, result);
-        span.advance(a, item, length);
       }
     }
     float factor[2];

@@ -57,7 +57,7 @@ __device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int requ
   return (static_cast<int64_t>(request) * a.s_q + token) * a.h_q + kv_head * a.group + head;
 }
 
-// Offset of the same row in [splits, H_kv, rows].
+// Offset of the same row in [splits, H_kv, rows]; without a sign, which would take a register.
 __device__ __forceinline__ int64_t partial_row(const DecodeArguments& a, int split, int kv_head,
                                                int row) {
   return (static_cast<int64_t>(split) * a.h_kv + kv_head) * a.rows + static_cast<uint32_t>(row);
