@@ -145,6 +145,7 @@ def test_workspace_holds_the_rooms_of_every_thread_block(
     plan = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, **shape)
     blocks = (plan.part_offsets.shape[0] - 1) * -(-s_q * h_q // h_kv // 64) * h_kv
     assert plan.rooms.numel() == room_floats(s_q * h_q // h_kv, blocks, plan.max_leaves) > 0
+    assert plan.rooms.data_ptr() % 16 == 0
     assert (plan.rooms.data_ptr() - plan.partial_out.data_ptr()) % workspace.ALIGNMENT == 0
     size = workspace.workspace_size(torch.device("cpu"), **shape)
     assert plan.partial_out.numel() + plan.rooms.numel() + plan.partial_lse.numel() == size

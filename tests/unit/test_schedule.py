@@ -235,7 +235,7 @@ def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: 
 @pytest.mark.parametrize("most", [1, 64, 128])
 def test_a_single_leaf_is_never_cut(most: int) -> None:
     single = [pages for pages in range(40) if leaf_count(pages, most) == 1]
-    assert len(single) > 1
+    assert len(single) > 4
     assert all(piece_count(pages, cap, most) == 1 for pages in single for cap in range(1, 40))
 
 
