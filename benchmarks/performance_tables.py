@@ -291,10 +291,9 @@ def serving(reports: Reports) -> str:
         for who in serve_report.backends_of([row]):
             value = row[who]
             times = [f"{value[metric][p]:.1f}" for metric in ("ttft_ms", "tpot_ms") for p in ("p50", "p99")]
-            better = [f"{gained[what]:.3f}" if who == OURS else "" for what in ("ttft", "tpot", "throughput")]
-            lines.append(
-                [row["load"], who, *times, f"{value['output_throughput']:.0f}", " / ".join(filter(None, better))]
-            )
+            better = " / ".join(f"{gained[what]:.3f}" for what in ("ttft", "tpot", "throughput"))
+            rate = f"{value['output_throughput']:.0f}"
+            lines.append([row["load"], who, *times, rate, better if who == OURS else ""])
     head = [f"{reports.serve['model']}, {reports.serve['engine']}", "backend", "first token, ms: p50", "p99"]
     head += ["per token, ms: p50", "p99", "tokens/s", "gain: first token / per token / tokens/s"]
     return markdown(head, lines)
