@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 MARK = "@ "
 LAST_LINES = 15
@@ -47,6 +50,26 @@ def run_child(
         code = child.wait()
         watchdog.cancel()
     return code
+
+
+def ask_child(
+    module: str,
+    request: Mapping[str, Any],
+    environment: Mapping[str, str],
+    log: Path,
+    timeout_s: float,
+    progressed: Callable[[str], None],
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Runs `python -m module request.json answer.json`, see run_child.
+
+    Returns what it answered, if anything, and what went wrong, if anything: a child that fails may have answered before.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        request_path, answer_path = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        request_path.write_text(json.dumps(request))
+        code = run_child([module, str(request_path), str(answer_path)], environment, log, timeout_s, progressed)
+        answer = json.loads(answer_path.read_text()) if answer_path.exists() else None
+    return answer, f"ended with code {code} ({log}):\n{last_lines(log)}" if code else None
 
 
 def last_lines(log: Path) -> str:

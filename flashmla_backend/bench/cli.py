@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flashmla_backend.bench.offline.cli import offline
 from flashmla_backend.bench.serve.cli import serve
 from flashmla_backend.bench.soak.cli import soak
 from flashmla_backend.bench.steps.cli import steps
@@ -19,6 +20,7 @@ from flashmla_backend.errors import FlashMLAError, InvalidArgument
 app = typer.Typer(help="Measure decode kernels and engines, ours beside others.", no_args_is_help=True)
 app.command()(steps)
 app.command()(serve)
+app.command()(offline)
 app.command()(soak)
 out, err = Console(), Console(stderr=True)
 
@@ -89,6 +91,7 @@ def kernels(
 @app.command()
 def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exists=True, dir_okay=False)]) -> None:
     """Print reports and plot them again."""
+    from flashmla_backend.bench.offline.cli import present as present_offline
     from flashmla_backend.bench.report import summarise
     from flashmla_backend.bench.serve.cli import present as present_serving
     from flashmla_backend.bench.steps.cli import present as present_steps
@@ -99,10 +102,12 @@ def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exi
             present_serving(made, path)
         elif isinstance(made, dict) and "deltas" in made:
             present_steps(made, path)
+        elif isinstance(made, dict) and "batched_tokens" in made:
+            present_offline(made, path)
         elif isinstance(made, dict) and "read_reduce_GBs" in made:
             present({**made, "summary": summarise(made["rows"])}, path)
         else:
-            err.print(f"[bold red]{path} is no report of `bench kernels`, `steps` or `serve`", highlight=False)
+            err.print(f"[bold red]{path} is no report of `bench kernels`, `steps`, `serve` or `offline`", highlight=False)
             raise typer.Exit(2)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from flashmla_backend import serve
 from flashmla_backend.bench import backends
+from flashmla_backend.bench.execution import engine_arguments
 from flashmla_backend.bench.servers import HttpServer, free_port
 
 MODEL_NAME = "measured"  # as requests call it
@@ -29,9 +28,7 @@ def vllm_server(model: Path, backend: str, arguments: list[str], log: Path) -> H
 
 
 def execution(compiled: bool = False) -> list[str]:
-    """Full CUDA graphs of decode, torch.compile only if `compiled`: it starts slower. On the CPU, eager."""
-    if not torch.cuda.is_available():
-        # vLLM's CPU rotary op rotates MLA's q_pe wrongly; our platform switches it off, the stock one must be told.
-        return ["--enforce-eager", "--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]})]
-    graphs = {"cudagraph_mode": "FULL_DECODE_ONLY"}
-    return ["--compilation-config", json.dumps(graphs if compiled else {"mode": 0, **graphs})]
+    """The engine's arguments, see engine_arguments, as the server takes them."""
+    arguments = engine_arguments(compiled)
+    eager = ["--enforce-eager"] if arguments.get("enforce_eager") else []
+    return [*eager, "--compilation-config", json.dumps(arguments["compilation_config"])]

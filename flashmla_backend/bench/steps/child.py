@@ -119,10 +119,12 @@ class Steps:
         ]
         return tokens, logprobs
 
-    def implementation(self) -> str:
-        layers = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-        (impl,) = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
-        return f"{impl.__module__}.{impl.__qualname__}"
+
+def implementation(llm: Any) -> str:
+    """The class that answers for attention in all layers of a vllm.LLM."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    (impl,) = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
+    return f"{impl.__module__}.{impl.__qualname__}"
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -130,7 +132,7 @@ def main(request_path: str, answer_path: str) -> None:
     request = json.loads(Path(request_path).read_text())
     say("starting")
     engine = Steps(request)
-    answer: dict[str, Any] = {"impl": engine.implementation(), "rows": {}}
+    answer: dict[str, Any] = {"impl": implementation(engine.llm), "rows": {}}
     say("answers")
     answer["tokens"], answer["logprobs"] = engine.answers()
     for name, lengths in request["points"].items():

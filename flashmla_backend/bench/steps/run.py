@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,11 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashmla_backend import doctor
 from flashmla_backend.bench import backends
-from flashmla_backend.bench.child import last_lines, run_child
+from flashmla_backend.bench.child import ask_child
+from flashmla_backend.bench.execution import engine_arguments
 from flashmla_backend.bench.steps.models import write_config
 from flashmla_backend.bench.steps.points import Point
 
@@ -32,7 +30,7 @@ class Plan:
     window: int  # steps
     new_tokens: int  # of the comparison of answers
     timeout_s: float  # of one process
-    compiled: bool  # torch.compile, as vLLM's default; without it a start takes half a minute less
+    compiled: bool  # torch.compile, see engine_arguments
     logs: Path
 
 
@@ -74,12 +72,10 @@ def run_backend(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """What the child answered, if anything, and what went wrong, if anything."""
     selected, environment = backends.selection(backend)
-    log_path = plan.logs / f"{model}-{backend}.log"
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with tempfile.TemporaryDirectory() as folder:
         longest = max(max(point.lengths) for point in plan.points)
         request = {
-            "model": str(write_config(model, plan.dtype, 2 * longest, folder / "model")),
+            "model": str(write_config(model, plan.dtype, 2 * longest, Path(folder))),
             "attention_backend": selected,
             "dtype": plan.dtype,
             "points": {point.name: point.lengths for point in plan.points},
@@ -87,26 +83,10 @@ def run_backend(
             "windows": plan.windows,
             "window": plan.window,
             "new_tokens": plan.new_tokens,
-            "engine": engine_arguments(plan),
+            "engine": engine_arguments(plan.compiled, [len(point.lengths) for point in plan.points]),
         }
-        request_path, answer_path = folder / "request.json", folder / "answer.json"
-        request_path.write_text(json.dumps(request))
-        arguments = ["flashmla_backend.bench.steps.child", str(request_path), str(answer_path)]
-        code = run_child(arguments, environment, log_path, plan.timeout_s, progressed)
-        answer = json.loads(answer_path.read_text()) if answer_path.exists() else None
-    if code == 0:
-        return answer, None
-    return answer, f"ended with code {code} ({log_path}):\n{last_lines(log_path)}"
-
-
-def engine_arguments(plan: Plan) -> dict[str, Any]:
-    """Arguments of vllm.LLM: full CUDA graphs of the batches measured; on the CPU, where there are none, eager."""
-    if not torch.cuda.is_available():
-        # vLLM's CPU rotary op rotates MLA's q_pe wrongly; our platform switches it off, the stock one must be told.
-        return {"enforce_eager": True, "compilation_config": {"custom_ops": ["-rotary_embedding"]}}
-    sizes = sorted({len(point.lengths) for point in plan.points})
-    graphs = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
-    return {"compilation_config": graphs if plan.compiled else {"mode": 0, **graphs}}
+        log = plan.logs / f"{model}-{backend}.log"
+        return ask_child("flashmla_backend.bench.steps.child", request, environment, log, plan.timeout_s, progressed)
 
 
 def vllm_version() -> str:
