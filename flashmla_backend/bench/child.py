@@ -62,7 +62,7 @@ def ask_child(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Runs `python -m module request.json answer.json`, see run_child.
 
-    Returns what it answered, if anything, and what went wrong, if anything: a child that fails may have answered before.
+    Returns what it answered, if anything, and what went wrong, if anything: who fails may have answered before.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request_path, answer_path = Path(scratch) / "request.json", Path(scratch) / "answer.json"

@@ -107,7 +107,7 @@ def show(reports: Annotated[list[Path], typer.Argument(help="JSON reports.", exi
         elif isinstance(made, dict) and "read_reduce_GBs" in made:
             present({**made, "summary": summarise(made["rows"])}, path)
         else:
-            err.print(f"[bold red]{path} is no report of `bench kernels`, `steps`, `serve` or `offline`", highlight=False)
+            err.print(f"[bold red]{path} is no report of `kernels`, `steps`, `serve` or `offline`", highlight=False)
             raise typer.Exit(2)
 
 

@@ -28,16 +28,18 @@ ON_CPU = {"model": "tiny", "backends": "ours", "prompts": "8", "input": "64", "o
 def offline(
     model: Annotated[str, typer.Option(help="v2-lite, v3-attention or tiny.", show_default=ON_GPU["model"])] = "",
     backends: Annotated[str, typer.Option(help="ours, and vLLM's own by name.", show_default=ON_GPU["backends"])] = "",
-    prompts: Annotated[int, typer.Option(help="Of a round.", show_default=ON_GPU["prompts"], min=0)] = 0,
-    input_tokens: Annotated[int, typer.Option(help="Of a prompt.", show_default=ON_GPU["input"], min=0)] = 0,
-    output_tokens: Annotated[int, typer.Option(help="Of an answer.", show_default=ON_GPU["output"], min=0)] = 0,
+    prompts: Annotated[int | None, typer.Option(help="Of a round.", show_default=ON_GPU["prompts"], min=1)] = None,
+    input_tokens: Annotated[int | None, typer.Option(help="Of a prompt.", show_default=ON_GPU["input"], min=1)] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer.", show_default=ON_GPU["output"], min=1)
+    ] = None,
     spread: Annotated[float, typer.Option(help="Of both lengths, as a part of them.", min=0, max=0.99)] = 0.5,
     at_once: Annotated[
-        int, typer.Option(help="Requests in a step, at most.", show_default=ON_GPU["at_once"], min=0)
-    ] = 0,
+        int | None, typer.Option(help="Requests in a step, at most.", show_default=ON_GPU["at_once"], min=1)
+    ] = None,
     batched_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens in a step, at most; few mix prompts into most steps.", show_default="vLLM's", min=1),
+        typer.Option(help="Tokens in a step, at most; small ones make most steps mixed.", show_default="vLLM's", min=1),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Of one process, after one that is not measured.", min=1)] = 3,
     turns: Annotated[int, typer.Option(help="Processes of each backend, every other turn backwards.", min=1)] = 1,

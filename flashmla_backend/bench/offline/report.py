@@ -1,10 +1,11 @@
 """Results as JSON and as a table.
 
 A report is a dict: "device", "torch", "vllm", "date", "commit", "command", what was asked for ("model", "dtype",
-"prompts", "input_tokens", "output_tokens", "spread", "at_once", "compiled", "turns"), "batched_tokens" that a step could
-hold, "impls", "rows", "summary", "notes" and "wall_s". Rows are {backend, output_throughput, total_throughput, steps, ms,
-rounds}; throughputs are {median, least, most} in tokens a second, `ms` the median of a step by its kind, see clock.py;
-rounds {turn, seconds, steps: {kind: {count, seconds}}}.
+"prompts", "input_tokens", "output_tokens", "spread", "at_once", "compiled", "turns"), "batched_tokens" that a step
+could hold, "impls", "rows", "summary", "notes" and "wall_s". Rows are {backend, output_throughput, total_throughput,
+steps, ms, rounds}; throughputs are {median, least, most} in tokens a second, `total` with the prompts' tokens; `steps`
+of a round and `ms` of a step are medians by kind, see clock.py; rounds are {turn, seconds, steps}, and there `steps` is
+{kind: {count, seconds}}.
 """
 
 from __future__ import annotations
@@ -84,8 +85,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def cells(report: dict[str, Any]) -> list[list[str]]:
     """A head, then a line for each backend."""
-    head = ["backend", "tokens/s", "least", "most", "with prompts' tokens/s", "decode steps", "ms", "mixed steps", "ms"]
-    lines = [head]
+    lines = [["backend", "tokens/s", "least", "most", "with prompts'", "decode steps", "ms", "mixed steps", "ms"]]
     for row in report["rows"]:
         line = [row["backend"], *(f"{row['output_throughput'][which]:.1f}" for which in ("median", "least", "most"))]
         line.append(f"{row['total_throughput']['median']:.1f}")
@@ -117,5 +117,5 @@ def markdown(report: dict[str, Any]) -> str:
 def lines(report: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     words = {"throughput": "throughput", "decode": "time of a decode step", "mixed": "time of a mixed step"}
-    said = [f"{words[name]}, ours against the best of the others: {gain:.3f}" for name, gain in report["summary"].items()]
+    said = [f"{words[name]}, ours against the best of the others: {x:.3f}" for name, x in report["summary"].items()]
     return said + [f"{who}: {impl}" for who, impl in report["impls"].items()] + report["notes"]

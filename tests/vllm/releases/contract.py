@@ -24,7 +24,7 @@ from flashmla_backend.integration.vllm import plugin
 from .source import Source, arguments, base_names, parameters
 
 REPOSITORY = Path(__file__).parents[3]
-OURS = ("integration/vllm", "flashmla_backend/bench/steps")
+OURS = ("integration/vllm", "flashmla_backend/bench/steps", "flashmla_backend/bench/offline")
 CPU_ONLY = "integration.vllm.platform"
 
 MLA = "vllm.model_executor.layers.attention.mla_attention"
