@@ -124,7 +124,7 @@ def test_turns_are_pooled_and_another_backend_is_noticed(tmp_path: Path, monkeyp
     results = runs.run(plan_of(tmp_path, turns=2), lambda done, of, what: None)
     assert [(one["turn"], one["seconds"]) for one in results.rounds[OURS]] == [(1, 1), (1, 1), (2, 2), (2, 2)]
     assert results.notes == ["FLASHMLA, turn 1: broke", "FLASHMLA, turn 2: broke", "ours, turn 2: vllm.Impl answered"]
-    assert results.batched_tokens == 77
+    assert results.batched_tokens == {OURS: 77}
 
 
 def rounds_of(*seconds: float, mixed_ms: float) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def test_report(tmp_path: Path) -> None:
         "TRITON_MLA": rounds_of(8.0, mixed_ms=15),
         "FLASH_ATTN_MLA": [],
     }
-    results = Results(rounds, {OURS: "flashmla_backend.Impl"}, 4096, ["a note"])
+    results = Results(rounds, {OURS: "flashmla_backend.Impl"}, {OURS: 4096}, ["a note"])
     made = json.loads(
         json.dumps(report.make(results, plan_of(tmp_path), ["flashmla", "bench", "offline"], "abc"))
     )  # a round asks for 4 prompts of 50 tokens and 4 answers of 25
@@ -149,7 +149,7 @@ def test_report(tmp_path: Path) -> None:
     assert made["rows"][0]["total_throughput"]["median"] == 150.0
     assert made["rows"][0]["ms"] == {"decode": 10.0, "mixed": 20.0, "prompts": 100.0}
     assert made["summary"] == {"throughput": 0.8, "decode": 1.0, "mixed": 0.75}
-    assert (made["model"], made["at_once"], made["batched_tokens"]) == ("tiny", 2, 4096)
+    assert (made["model"], made["at_once"], made["batched_tokens"]) == ("tiny", 2, {OURS: 4096})
     assert report.markdown(made).splitlines()[2] == ("| ours | 50.0 | 25.0 | 100.0 | 150.0 | 50 | 10.00 | 10 | 20.00 |")
     console = Console(width=200, record=True)
     console.print(report.table(made))
@@ -159,7 +159,7 @@ def test_report(tmp_path: Path) -> None:
         "TRITON_MLA",
         "best of the others: 0.800",
         "mixed step, ours against",
-        "flashmla_backend.Impl",
+        "flashmla_backend.Impl, up to 4096",
         "a note",
     ):
         assert part in text

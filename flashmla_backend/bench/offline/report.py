@@ -1,11 +1,11 @@
 """Results as JSON and as a table.
 
 A report is a dict: "device", "torch", "vllm", "date", "commit", "command", what was asked for ("model", "dtype",
-"prompts", "input_tokens", "output_tokens", "spread", "at_once", "compiled", "turns"), "batched_tokens" that a step
-could hold, "impls", "rows", "summary", "notes" and "wall_s". Rows are {backend, output_throughput, total_throughput,
-steps, ms, rounds}; throughputs are {median, least, most} in tokens a second, `total` with the prompts' tokens; `steps`
-of a round and `ms` of a step are medians by kind, see clock.py; rounds are {turn, seconds, steps}, and there `steps` is
-{kind: {count, seconds}}.
+"prompts", "input_tokens", "output_tokens", "spread", "at_once", "compiled", "turns"), by backend "impls" and the
+"batched_tokens" that its steps could hold, "rows", "summary", "notes", "wall_s". Rows are {backend, output_throughput,
+total_throughput, steps, ms, rounds}; throughputs are {median, least, most} in tokens a second, `total` with the
+prompts' tokens; `steps` of a round and `ms` of a step are medians by kind, see clock.py; rounds are {turn, seconds,
+steps}, and there `steps` is {kind: {count, seconds}}.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def table(report: dict[str, Any]) -> Table:
     head, *lines = cells(report)
     title = (
         f"{report['device']}, {report['vllm']}, {report['model']} in {report['dtype']}: {report['prompts']} prompts of "
-        f"{report['input_tokens']} and answers of {report['output_tokens']} tokens, {report['at_once']} at once, "
-        f"at most {report['batched_tokens']} tokens in a step"
+        f"{report['input_tokens']} and answers of {report['output_tokens']} tokens, {report['at_once']} at once"
     )
     made = Table(*head, title=title)
     for line in lines:
@@ -118,4 +117,6 @@ def lines(report: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     words = {"throughput": "throughput", "decode": "time of a decode step", "mixed": "time of a mixed step"}
     said = [f"{words[name]}, ours against the best of the others: {x:.3f}" for name, x in report["summary"].items()]
-    return said + [f"{who}: {impl}" for who, impl in report["impls"].items()] + report["notes"]
+    sizes = report["batched_tokens"]  # vLLM may choose others than it was asked for
+    said += [f"{who}: {impl}, up to {sizes[who]} tokens in a step" for who, impl in report["impls"].items()]
+    return said + report["notes"]

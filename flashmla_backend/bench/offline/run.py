@@ -60,11 +60,11 @@ class Plan:
 
 @dataclass
 class Results:
-    """backend -> its rounds of all turns, and the class of its attention; and what went wrong."""
+    """backend -> its rounds of all turns, its attention's class, tokens that a step could hold; and what went wrong."""
 
     rounds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     impls: dict[str, str] = field(default_factory=dict)
-    batched_tokens: int | None = None  # that the engine took
+    batched_tokens: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     wall_s: float = 0.0
 
@@ -85,7 +85,8 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results
 
         answer, problem = run_backend(plan, turn, backend, progressed)
         if answer is not None:
-            results.impls[backend], results.batched_tokens = answer["impl"], answer["batched_tokens"]
+            results.impls[backend] = answer["impl"]
+            results.batched_tokens[backend] = answer["batched_tokens"]
             results.rounds.setdefault(backend, []).extend({"turn": turn, **one} for one in answer["rounds"])
             if (backend == backends.OURS) != answer["impl"].startswith("flashmla_backend."):
                 problem = problem or f"{answer['impl']} answered"
