@@ -33,7 +33,7 @@ from tests.barrier_machine import (
 class Scale:
     """How many of its parts are modelled, and the rings."""
 
-    warps: int  # of a warpgroup, and that load Q; the kernel has 4, and 2
+    warps: int  # of a warpgroup, and that load Q of items after the first; the kernel has 4, and 2 that count double
     pairs: int  # of column tiles, each with a barrier, in either half of a page; the kernel has 2
     left_stages: int = 2  # for left halves, rope tiles and P
     right_stages: int = 3
@@ -176,16 +176,27 @@ def stream_right(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
         ring.advance()
 
 
+def load_queries(index: int, warp: int) -> Iterator[Step]:
+    yield Store((f"q.{warp}",), q(index))
+    yield Fence(q(index))  # with the wait for this warp's own cp.async
+    yield Arrive("q_full_0", q(index))
+
+
+def with_pages(items: Sequence[Item]) -> list[int]:
+    return [index for index, item in enumerate(items) if item]
+
+
+def load_first_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
+    for index in with_pages(items)[:1]:
+        yield from load_queries(index, warp)
+
+
 def stream_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
     ring = Ring(1)
-    for index, item in enumerate(items):
-        if not item:
-            continue
-        yield ring.empty("q_empty")
-        yield Store((f"q.{warp}",), q(index))
-        yield Fence(q(index))  # with the wait for this warp's own cp.async
-        yield Arrive("q_full_0", q(index))
+    for index in with_pages(items)[1:]:
         ring.advance()
+        yield ring.empty("q_empty")
+        yield from load_queries(index, warp)
 
 
 # --- The consumers' roles.
@@ -249,6 +260,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
 
 def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
     ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
+    yield from load_first_queries(items, warp)
     for page in (page for item in items for page in item):
         for pair in range(scale.pairs):
             yield ring.full(f"right_full{pair}")

@@ -2,19 +2,20 @@
 // out = sum_i exp(lse_i - lse) out_i, lse = log sum_i exp(lse_i).
 #pragma once
 
+#include <climits>
+
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/keep.cuh"
 #include "sm90/ptx/sync.cuh"
+#include "sm90/quad.cuh"
 #include "sm90/softmax.cuh"
 
 namespace flashmla {
 
-constexpr int kCombineWarps = 16;
+constexpr int kCombineWarpsLog2 = 4, kCombineWarps = 1 << kCombineWarpsLog2;
 constexpr int kCombineThreads = 32 * kCombineWarps;
-constexpr int kCombineBlocksPerSm = 1;
-constexpr int kVectorColumns = 8;   // fp16 values in 16 bytes
-constexpr int kSplitsInFlight = 8;  // whose vectors a lane has on their way
-constexpr int kRowHalves = 2;       // as O is kept; each one warp's vectors
+constexpr int kVectorColumns = 8;  // fp16 values in 16 bytes
+constexpr int kRowHalves = 2;      // as O is kept; each one warp's vectors
 static_assert(kRowHalves * 32 * kVectorColumns == kLatent);
 
 // Of both halves' scales, as PartialState keeps them, that of one.
@@ -39,24 +40,90 @@ __device__ __forceinline__ uint4 pack_vector(const float (&x)[kVectorColumns], f
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
+// Partial results keep the order of an accumulator: of 32 columns, which four neighbours' vectors
+// hold, each has every fourth pair. What this returns are eight neighbours.
+__device__ __forceinline__ uint4 in_column_order(const uint4& vector) {
+  uint32_t pairs[4] = {vector.x, vector.y, vector.z, vector.w};
+  transpose_quad(pairs);
+  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+  // Bits that are ordered as integers as the numbers are.
+  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & INT_MAX); };
+  return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
 // A running sum of weighted partial results of half a row; a lane holds one vector of it.
 struct Merge {
   float maximum = kNegativeInfinity, sum = 0.0f;
   float out[kVectorColumns] = {};
 
-  __device__ __forceinline__ void scale(float next) {
-    const float weight = __expf(maximum - next);
-    maximum = next;
+  // Sums up `count` partial results that lie `stride` rows apart, from `values` and `states` on;
+  // the latter are PartialStates. Lanes share the states: what is done for each of them by all is
+  // felt.
+  template <int kInFlight>
+  __device__ __forceinline__ void add_splits(const uint4* values, const uint2* states, int half,
+                                             int stride, int count, bool discards) {
+    const int lane = threadIdx.x % 32;
+    for (int base = 0; base < count; base += 32) {
+      const int here = min(32, count - base);
+      uint2 state = make_uint2(__float_as_uint(kNegativeInfinity), 0);
+      if (lane < here) state = __ldcs(states + static_cast<int64_t>(base + lane) * stride);
+      uint4 x[kInFlight];
+      load(x, values, stride, base, count);
+      const float lse = __uint_as_float(state.x), next = fmaxf(maximum, warp_max(lse));
+      float weight = 0.0f;
+      if (next != kNegativeInfinity) {
+        if (base > 0) scale(__expf(maximum - next));
+        maximum = next;
+        weight = __expf(lse - next);
+        sum += warp_sum(weight);
+        weight *= scale_of(state.y, half);
+      }
+      for (int first = 0;;) {
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+          const float own = __shfl_sync(~0u, weight, first + i);
+          // A piece that holds no token this row sees weighs nothing, whatever its result.
+          if (own != 0.0f) add(x[i], own);
+        }
+        if (discards) discard_half_rows(values, base + first, min(kInFlight, here - first), stride);
+        first += kInFlight;
+        if (first >= here) break;
+        load(x, values, stride, base + first, count);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float inverse_sum() const { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+
+  __device__ __forceinline__ float log_sum() const {
+    return sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
+  }
+
+ private:
+  template <int kInFlight>
+  __device__ __forceinline__ static void load(uint4 (&x)[kInFlight], const uint4* values,
+                                              int stride, int first, int count) {
+    const uint32_t vectors = stride * (kLatent / kVectorColumns);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + i < count)
+        x[i] = __ldcs(values + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * vectors);
+    }
+  }
+
+  __device__ __forceinline__ void scale(float weight) {
     sum *= weight;
 #pragma unroll
     for (float& x : out) x *= weight;
-  }
-
-  // Counts in a sum of weights `x_sum` relative to `x_maximum` <= maximum; returns its weight.
-  __device__ __forceinline__ float weigh(float x_maximum, float x_sum) {
-    const float weight = __expf(x_maximum - maximum);
-    sum = fmaf(weight, x_sum, sum);
-    return weight;
   }
 
   __device__ __forceinline__ void add(const uint4& x, float weight) {
@@ -68,170 +135,175 @@ struct Merge {
       out[2 * i + 1] = fmaf(weight, pair.y, out[2 * i + 1]);
     }
   }
-
-  // `count` partial results that lie `stride` rows apart, from `partial_out` and `states` on; the
-  // latter are PartialStates.
-  __device__ __forceinline__ void add_splits(const uint4* partial_out, const uint2* states,
-                                             int half, int64_t stride, int count, bool discards) {
-    const int64_t next_split = stride * (kLatent / kVectorColumns);
-    for (int base = 0; base < count; base += kSplitsInFlight) {
-      float lse[kSplitsInFlight];
-      uint32_t scales[kSplitsInFlight];
-      uint4 x[kSplitsInFlight];
-      const uint4* const first = partial_out;
-#pragma unroll
-      for (int i = 0; i < kSplitsInFlight; ++i) {
-        lse[i] = kNegativeInfinity;
-        if (base + i < count) {
-          const uint2 state = __ldcs(states);
-          lse[i] = __uint_as_float(state.x), scales[i] = state.y;
-          x[i] = __ldcs(partial_out);
-        }
-        states += stride;
-        partial_out += next_split;
-      }
-      float next = maximum;
-#pragma unroll
-      for (int i = 0; i < kSplitsInFlight; ++i) next = fmaxf(next, lse[i]);
-      if (next != kNegativeInfinity) {
-        scale(next);
-#pragma unroll
-        for (int i = 0; i < kSplitsInFlight; ++i) {
-          const float weight = weigh(lse[i], 1.0f);
-          // A piece that holds no token this row sees weighs nothing, whatever its result.
-          if (weight == 0.0f) continue;
-          add(x[i], weight * scale_of(scales[i], half));
-        }
-      }
-      if (discards) discard_half_rows(first, 0, min(kSplitsInFlight, count - base), stride);
-    }
-  }
-
-  // Every lane its own vector of the row's half.
-  template <typename Element>
-  __device__ __forceinline__ void store(uint4* out_vector) const {
-    *out_vector = pack_vector<Element>(out, sum > 0.0f ? 1.0f / sum : 0.0f);
-  }
-
-  __device__ __forceinline__ float log_sum() const {
-    return sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
-  }
 };
 
 struct CutRequest {
   int number, first, count;
 };
 
-// The requests of a batch that were cut, found 32 at a time by a whole warp.
-struct CutRequests {
-  const int32_t* split_offsets;
-  int batch;
-
-  __device__ __forceinline__ uint32_t mask(int group) const {
-    const int request = group + threadIdx.x % 32;
-    return __ballot_sync(~0u, request < batch && __ldg(split_offsets + request) !=
-                                                     __ldg(split_offsets + request + 1));
+// The requests of a batch that were cut, found by a whole warp. It holds the offsets of 32
+// requests, those of small batches all the time: each further load is a trip that the rest waits
+// for.
+class CutRequests {
+ public:
+  __device__ __forceinline__ explicit CutRequests(const DecodeArguments& a)
+      : offsets_(a.split_offsets), batch_(a.batch) {
+    load(0);
   }
 
   __device__ __forceinline__ int count() const {
-    int cut = 0;
+    int cut = __popc(cut_);
 #pragma unroll 4
-    for (int group = 0; group < batch; group += 32) cut += __popc(mask(group));
+    for (int group = 32; group < batch_; group += 32) {
+      const int request = group + threadIdx.x % 32;
+      cut += __popc(__ballot_sync(~0u, offset(request) != offset(request + 1)));
+    }
     return cut;
   }
 
-  // The cut request of this rank, which must exist.
-  __device__ __forceinline__ int find(int rank) const {
-    for (int group = 0;; group += 32) {
-      const uint32_t cut = mask(group);
-      if (rank < __popc(cut)) {
-        const uint32_t own = 1u << threadIdx.x % 32;
-        const bool wanted = (cut & own) && __popc(cut & (own - 1)) == rank;
-        return group + __ffs(__ballot_sync(~0u, wanted)) - 1;
-      }
-      rank -= __popc(cut);
+  // The cut request of this rank, which must exist. Ranks must not fall from call to call.
+  __device__ __forceinline__ CutRequest operator()(int rank) {
+    while (rank - before_ >= __popc(cut_)) {
+      before_ += __popc(cut_);
+      load(group_ + 32);
     }
+    const uint32_t own = 1u << threadIdx.x % 32;
+    const bool wanted = (cut_ & own) && __popc(cut_ & (own - 1)) == rank - before_;
+    const int lane = __ffs(__ballot_sync(~0u, wanted)) - 1;
+    const int first = __shfl_sync(~0u, first_, lane);
+    return {group_ + lane, first, __shfl_sync(~0u, next_, lane) - first};
   }
 
-  // The rank-th of `cut` cut requests, and its slots among the partial results.
-  __device__ __forceinline__ CutRequest operator()(int rank, int cut) const {
-    const int number = cut < batch ? find(rank) : rank;
-    const int first = __ldg(split_offsets + number);
-    return {number, first, __ldg(split_offsets + number + 1) - first};
+ private:
+  // That of requests that do not exist is the last one's end: they are not cut.
+  __device__ __forceinline__ int offset(int request) const {
+    return __ldg(offsets_ + min(request, batch_));
   }
+  __device__ __forceinline__ void load(int group) {
+    group_ = group;
+    first_ = offset(group + threadIdx.x % 32);
+    next_ = offset(group + threadIdx.x % 32 + 1);
+    cut_ = __ballot_sync(~0u, first_ != next_);
+  }
+
+  const int32_t* offsets_;
+  int batch_;
+  int group_, before_ = 0;  // whose offsets are held, and the cut requests before it
+  int first_, next_;        // this lane's request's
+  uint32_t cut_;            // which of the group
 };
 
-// One warp's Merge on its way to another.
-struct SharedMerge {
-  float out[kVectorColumns][32];
+// A warp's Merge, for others to read; in the order of columns.
+struct alignas(16) SharedMerge {
+  static constexpr int kPitch = 40;  // of 32 columns: 4 bytes a column, and lanes meet other banks
+  float out[kLatent / kRowHalves / 32 * kPitch];
   float maximum, sum;
 
   __device__ __forceinline__ void put(const Merge& merge) {
     const int lane = threadIdx.x % 32;
+    float* const own = out + lane / 4 * kPitch + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kVectorColumns; ++i) out[i][lane] = merge.out[i];
+    for (int i = 0; i < kVectorColumns; i += 2)
+      *reinterpret_cast<float2*>(own + 4 * i) = make_float2(merge.out[i], merge.out[i + 1]);
     if (lane == 0) maximum = merge.maximum, sum = merge.sum;
   }
 
-  __device__ __forceinline__ void add_to(Merge* merge) const {
-    if (maximum == kNegativeInfinity) return;
-    merge->scale(fmaxf(merge->maximum, maximum));
-    const float weight = merge->weigh(maximum, sum);
-    if (weight == 0.0f) return;
-#pragma unroll
-    for (int i = 0; i < kVectorColumns; ++i)
-      merge->out[i] = fmaf(weight, out[i][threadIdx.x % 32], merge->out[i]);
+  // Columns 8 * number and up to the next.
+  __device__ __forceinline__ const float4* vector(int number) const {
+    return reinterpret_cast<const float4*>(out + number / 4 * kPitch + number % 4 * kVectorColumns);
   }
 };
 
-template <typename Element>
-__global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
+// Columns of half a row of which `count` warps have merged a share each: every `count` neighbours
+// get vector `number`, in order, and each reads one warp's. All lanes of a warp together.
+__device__ __forceinline__ Merge merge_shares(const SharedMerge* shares, int count, int number) {
+  const SharedMerge& own = shares[threadIdx.x & (count - 1)];
+  Merge merge;
+  merge.maximum = own.maximum;
+#pragma unroll 1
+  for (int step = 1; step < count; step *= 2)
+    merge.maximum = fmaxf(merge.maximum, __shfl_xor_sync(~0u, merge.maximum, step));
+  // A warp without a piece, or whose pieces saw no token, counts for nothing.
+  const float weight =
+      own.maximum == kNegativeInfinity ? 0.0f : __expf(own.maximum - merge.maximum);
+  merge.sum = weight * own.sum;
+#pragma unroll
+  for (int i = 0; i < kVectorColumns / 4; ++i) {
+    const float4 x = own.vector(number)[i];
+    merge.out[4 * i] = weight * x.x, merge.out[4 * i + 1] = weight * x.y;
+    merge.out[4 * i + 2] = weight * x.z, merge.out[4 * i + 3] = weight * x.w;
+  }
+#pragma unroll 1
+  for (int step = 1; step < count; step *= 2) {
+    merge.sum += __shfl_xor_sync(~0u, merge.sum, step);
+#pragma unroll
+    for (float& x : merge.out) x += __shfl_xor_sync(~0u, x, step);
+  }
+  return merge;
+}
+
+// The greatest n >= 0 of which small * 2^n <= large; 0 if there is none.
+__device__ __forceinline__ int log2_of_ratio(int large, int small) {
+  const int n = max(0, __clz(small) - __clz(large));
+  return n - (n > 0 && small << n > large);
+}
+
+template <typename Element, int kBlocksPerSm>
+__global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     combine_kernel(const __grid_constant__ DecodeArguments a) {
+  constexpr int kInFlight = 8 / kBlocksPerSm;  // vectors on their way: more warps, fewer registers
   __shared__ SharedMerge shared[kCombineWarps];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
+  CutRequests requests(a);
   const int splits = __ldg(a.split_offsets + a.batch);
   if (splits == 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = a.h_kv * a.rows, units = kRowHalves * cut * rows;
+  const int cut = requests.count(), rows = a.all_rows.divisor, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
   // The pieces of half a row are shared among as many warps as there are, but no more than it has
   // pieces; each takes every group-th one.
-  int group = 1;
-  while (2 * group <= kCombineWarps && units * 2 * group <= warps && 2 * group * cut <= splits)
-    group *= 2;
+  const int group_log2 =
+      min(kCombineWarpsLog2, min(log2_of_ratio(warps, units), log2_of_ratio(splits, cut)));
+  const int group = 1 << group_log2;
   // Where few rows are many warps' work it would take longer than it saves.
   const bool discards = group <= 4;
-  const int member = warp % group, per_round = gridDim.x * (kCombineWarps / group);
+  const int member = warp & (group - 1), per_round = gridDim.x * kCombineWarps >> group_log2;
   for (int base = 0; base < units; base += per_round) {
     // Neighbours go to different thread blocks: few rows, many SMs.
-    const int unit = base + warp / group * gridDim.x + blockIdx.x;
+    const int unit = base + (warp >> group_log2) * gridDim.x + blockIdx.x;
     const bool real = unit < units;
-    const int half = unit % kRowHalves, row = unit / kRowHalves % rows;
+    const int half = unit % kRowHalves, row = a.all_rows.remainder(unit / kRowHalves);
     CutRequest request{};
     Merge merge;
     if (real) {
-      request = requests(unit / kRowHalves / rows, cut);
+      request = requests(a.all_rows.divide(unit / kRowHalves));
       const int64_t source = static_cast<int64_t>(request.first + member) * rows + row;
-      merge.add_splits(reinterpret_cast<const uint4*>(a.partial_out) +
-                           source * (kLatent / kVectorColumns) + 32 * half + lane,
-                       reinterpret_cast<const uint2*>(a.partial_lse) + source, half,
-                       static_cast<int64_t>(group) * rows,
-                       (request.count - member + group - 1) / group, discards);
+      merge.add_splits<kInFlight>(reinterpret_cast<const uint4*>(a.partial_out) +
+                                      source * (kLatent / kVectorColumns) + 32 * half + lane,
+                                  reinterpret_cast<const uint2*>(a.partial_lse) + source, half,
+                                  group * rows, (request.count - member + group - 1) >> group_log2,
+                                  discards);
     }
-    for (int step = group / 2; step > 0; step /= 2) {  // the upper half of members to the lower
-      if (member >= step && member < 2 * step) shared[warp].put(merge);
+    int vector = lane;  // in the order of columns
+    uint4 out;
+    if (group == 1) {
+      out = in_column_order(pack_vector<Element>(merge.out, merge.inverse_sum()));
+    } else {
+      shared[warp].put(merge);
       __syncthreads();
-      if (member < step) shared[warp + step].add_to(&merge);
+      vector = (member << (5 - group_log2)) + (lane >> group_log2);
+      merge = merge_shares(shared + (warp - member), group, vector);
+      out = pack_vector<Element>(merge.out, merge.inverse_sum());
+      __syncthreads();  // the next round writes what may still be read
     }
-    if (group > 1) __syncthreads();  // the next round writes what may still be read
-    if (real && member == 0) {
-      const int64_t target = output_row(a, request.number, row / a.rows, row % a.rows);
-      merge.store<Element>(reinterpret_cast<uint4*>(static_cast<Element*>(a.out)) +
-                           target * (kLatent / kVectorColumns) + 32 * half + lane);
-      if (half == 0 && lane == 0) a.lse[target] = merge.log_sum();
+    if (real && (lane & (group - 1)) == 0) {
+      const int64_t target =
+          output_row(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
+      reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + vector] =
+          out;
+      if (half == 0 && vector == 0) a.lse[target] = merge.log_sum();
     }
   }
 }

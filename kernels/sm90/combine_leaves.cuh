@@ -100,17 +100,17 @@ struct SharedNode {
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
+__global__ void __launch_bounds__(kCombineThreads, 1)
     combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
   __shared__ SharedNode shared[kCombineWarps];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
+  CutRequests requests(a);
   const int splits = __ldg(a.split_offsets + a.batch);
   if (splits == 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const CutRequests requests{a.split_offsets, a.batch};
-  const int cut = requests.count(), rows = a.h_kv * a.rows, units = kRowHalves * cut * rows;
+  const int cut = requests.count(), rows = a.all_rows.divisor, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
   // At least two warps a half row: each has a child of the root, or a subtree of one.
   int group = 2;
@@ -121,12 +121,12 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
   for (int base = 0; base < units; base += per_round) {
     const int unit = base + warp / group * gridDim.x + blockIdx.x;
     const bool real = unit < units;
-    const int half = unit % kRowHalves, row = unit / kRowHalves % rows;
+    const int half = unit % kRowHalves, row = a.all_rows.remainder(unit / kRowHalves);
     CutRequest request{};
     int active = 0;  // members with a subtree of the request
     Node node;
     if (real) {
-      request = requests(unit / kRowHalves / rows, cut);
+      request = requests(a.all_rows.divide(unit / kRowHalves));
       active = min(group, request.count);
       const int64_t source = static_cast<int64_t>(request.first) * rows + row;
       const Pieces pieces{reinterpret_cast<const uint4*>(a.partial_out) +
@@ -150,12 +150,10 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
       if (2 * step < active) {
         node = merged.round();
       } else {
-        const int64_t target = output_row(a, request.number, row / a.rows, row % a.rows);
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = pack<Element>(merged.out[2 * i], merged.out[2 * i + 1]);
+        const int64_t target =
+            output_row(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
         reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + lane] =
-            make_uint4(x[0], x[1], x[2], x[3]);
+            in_column_order(pack_vector<Element>(merged.out, 1.0f));
         if (half == 0 && lane == 0) a.lse[target] = merged.lse;
       }
     }

@@ -1,6 +1,7 @@
 // Launches the decode and the combine kernel.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "flashmla/decode.h"
@@ -50,6 +51,20 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, int box_tokens, CUt
 }
 
 template <typename Element, bool kInvariant>
+cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArguments& arguments) {
+  constexpr int kSms = 132;
+  const int half_rows = p.batch * p.h_kv * arguments.rows * kRowHalves;
+  const auto run = [&](auto kernel, int blocks_per_sm) {
+    const dim3 grid(std::min(half_rows, kSms * blocks_per_sm));
+    return launch_dependent(kernel, grid, kCombineThreads, 0, p.stream, arguments);
+  };
+  if constexpr (kInvariant) return run(combine_leaves_kernel<Element>, 1);
+  // With more half rows than warps, each warp has several, and waits for one after the other.
+  if (half_rows > kSms * kCombineWarps) return run(combine_kernel<Element, 2>, 2);
+  return run(combine_kernel<Element, 1>, 1);
+}
+
+template <typename Element, bool kInvariant>
 flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
                        int device) {
   constexpr size_t kSharedBytes =
@@ -63,11 +78,7 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
   cudaError_t error = launch_dependent(decode, grid, kThreads, kSharedBytes, p.stream, arguments);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
-  constexpr int kCombineBlocks = 132 * kCombineBlocksPerSm;
-  const int combine_blocks = p.batch * p.h_kv * arguments.rows * kRowHalves;
-  error = launch_dependent(kInvariant ? combine_leaves_kernel<Element> : combine_kernel<Element>,
-                           dim3(combine_blocks < kCombineBlocks ? combine_blocks : kCombineBlocks),
-                           kCombineThreads, 0, p.stream, arguments);
+  error = launch_combine<Element, kInvariant>(p, arguments);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "combine launch: %s", cudaGetErrorString(error));
   if (arguments.planned_lens == nullptr || arguments.box_log2 == kTileLog2) return FLASHMLA_OK;
@@ -111,9 +122,11 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.s_q = p.s_q;
   arguments.h_q = p.h_q;
   arguments.h_kv = p.h_kv;
-  arguments.group = p.h_q / p.h_kv;
-  arguments.rows = p.s_q * arguments.group;
-  arguments.tiles_per_page = p.page_size / kTileTokens;
+  arguments.rows = p.s_q * (p.h_q / p.h_kv);
+  arguments.group = Divisor(p.h_q / p.h_kv);
+  arguments.head_rows = Divisor(arguments.rows);
+  arguments.all_rows = Divisor(p.h_kv * arguments.rows);
+  arguments.tiles_per_page = Divisor(std::max(1, p.page_size / kTileTokens));
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;

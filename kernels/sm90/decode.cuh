@@ -4,7 +4,7 @@
 //   producer    warp 0 streams the left half of each page's latent columns and its rope columns,
 //               warp 1 the right half (TMA), through rings that carry on across work items;
 //               warps 2-3 load the valid rows of Q (cp.async) as soon as the previous item has read
-//               its own
+//               its own; those of the first item the right side, which has nothing to do yet
 //   left        S = Q K^T, softmax, P to registers and shared memory, O[:, :256] += P V
 //   right       O[:, 256:] += P V with P from shared memory, while the left side is at the next
 //               page's softmax: so the tensor cores have work then
@@ -209,8 +209,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     int limit[2];  // tokens that each of this thread's rows sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = min(row_begin + accumulator_row(r), a.rows - 1) / a.group;
+      const int token = a.group.divide(min(row_begin + accumulator_row(r), a.rows - 1));
       limit[r] = a.causal ? length - a.s_q + token + 1 : length;
+      ptx::pin_register(limit[r]);  // or every page would work it out
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
@@ -299,8 +300,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     float factor[2], lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = kInvariant ? result[r].factor : inverse_of(softmax.sum[r]);
-      lse[r] = kInvariant ? result[r].lse : softmax.log_sum(r);
+      factor[r] = kInvariant ? result[r].factor : softmax.row(r).inverse();
+      lse[r] = kInvariant ? result[r].lse : softmax.row(r).lse();
     }
     store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
@@ -333,6 +334,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     ring.advance();
     p_ring.advance();
   };
+  load_first_queries(a, shared, row_begin, kv_head, first, last);
   float o[128];
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
@@ -342,7 +344,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     }
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
-    float sum[2];
+    RowState leaf[2];  // or of the whole item
     RowResult result[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
@@ -372,12 +374,11 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       span.fresh = false;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       if (!kInvariant && span_ends) {
-        sum[0] = shared.sum[p_ring.stage][accumulator_row(0)];
-        sum[1] = shared.sum[p_ring.stage][accumulator_row(1)];
+        leaf[0].sum = shared.sum[p_ring.stage][accumulator_row(0)];
+        leaf[1].sum = shared.sum[p_ring.stage][accumulator_row(1)];
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      RowState leaf[2];
       if (kInvariant && span_ends) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -393,7 +394,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     }
     float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : inverse_of(sum[r]);
+    for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : leaf[r].inverse();
     store_output<Element>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }
@@ -410,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
-    ptx::mbarrier_init(&shared.q_full, 64);
+    ptx::mbarrier_init(&shared.q_full, kQueryArrivals);
     ptx::mbarrier_init(&shared.q_empty, 4);
     for (int stage = 0; stage < kLeftStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.left_full[stage][pair], 1);
@@ -425,15 +426,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::mbarrier_init_fence();
   }
-  // Rows that do not exist are zero for good: what lies in shared memory could be NaN or huge.
-  const int rows = min(kTileRows, a.rows - row_begin);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < (kTileRows - rows) * (kTiles - kRegisterTiles) * 8; i += kThreads) {
-    const int column = i / 8 % (kTiles - kRegisterTiles),
-              row = rows + i / 8 / (kTiles - kRegisterTiles);
-    reinterpret_cast<uint4*>(shared.q[column] + row * 128)[i % 8] = uint4{};
-  }
-  ptx::fence_async_proxy();
   __syncthreads();
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();

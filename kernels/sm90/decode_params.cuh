@@ -24,6 +24,25 @@ struct alignas(8) PartialState {
   uint16_t scale[2];
 };
 
+// Division of 0 .. 2^31 - 1 by a number that the host knows, as a product (Granlund and Montgomery,
+// "Division by Invariant Integers using Multiplication"): the machine's own takes some forty
+// instructions, which short calls feel.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  Divisor() = default;
+  explicit Divisor(int number) : divisor(number), shift(31) {
+    while (1u << (shift - 31) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ int divide(int x) const {
+    return static_cast<int>(static_cast<uint64_t>(x) * multiplier >> shift);
+  }
+  __device__ __forceinline__ int remainder(int x) const {
+    return x - divide(x) * static_cast<int>(divisor);
+  }
+};
+
 struct DecodeArguments {
   CUtensorMap kv_map;  // dimensions: 64 columns, page_size rows, 9 column tiles, H_kv heads, pages
   flashmla_query q_latent, q_rope;
@@ -41,10 +60,12 @@ struct DecodeArguments {
   PartialState* partial_lse;
   uint8_t* rooms;
   int batch, s_q, h_q, h_kv;
-  int group;           // h_q / h_kv
-  int rows;            // s_q * group
-  int tiles_per_page;  // page_size / 64; 0 where pages are smaller
-  int max_leaves;      // 0: not batch-invariant
+  int rows;                // s_q * h_q / h_kv
+  Divisor group;           // h_q / h_kv
+  Divisor head_rows;       // rows, of one KV head
+  Divisor all_rows;        // h_kv * rows
+  Divisor tiles_per_page;  // page_size / 64; of use where pages are no smaller
+  int max_leaves;          // 0: not batch-invariant
   bool causal;
   float scale_log2;  // softmax scale * log2(e)
   int box_log2;      // a TMA box holds 2^box_log2 tokens of a page: 64, or a smaller page
@@ -53,8 +74,8 @@ struct DecodeArguments {
 // Offset of row `row` of KV head `kv_head` in [B, S_q, H_q].
 __device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int request, int kv_head,
                                               int row) {
-  const int token = row / a.group, head = row % a.group;
-  return (static_cast<int64_t>(request) * a.s_q + token) * a.h_q + kv_head * a.group + head;
+  const int token = a.group.divide(row), head = a.group.remainder(row), group = a.group.divisor;
+  return (static_cast<int64_t>(request) * a.s_q + token) * a.h_q + kv_head * group + head;
 }
 
 // Offset of the same row in [splits, H_kv, rows]; without a sign, which would take a register.

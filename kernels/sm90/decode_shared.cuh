@@ -12,7 +12,8 @@ constexpr int kLeftStages = 2;
 constexpr int kRightStages = 3;
 constexpr int kHalfTiles = 4;  // column tiles of half a latent
 constexpr int kRopeTile = kTiles - 1;
-constexpr int kRegisterTiles = 3;  // of Q: the last latent ones
+constexpr int kRegisterTiles = 3;                     // of Q: the last latent ones
+constexpr int kQueryTiles = kTiles - kRegisterTiles;  // in shared memory
 constexpr int kFirstRegisterTile = kRopeTile - kRegisterTiles;
 constexpr int kProducerRegisters = 56;
 constexpr int kLeftRegisters = 248;
@@ -22,7 +23,7 @@ static_assert(kProducerRegisters + kLeftRegisters + kRightRegisters == 3 * 168, 
 using Tile = uint8_t[ptx::kTileBytes];
 
 struct DecodeShared {
-  alignas(1024) Tile q[kTiles - kRegisterTiles];  // the last one is rope
+  alignas(1024) Tile q[kQueryTiles];  // the last one is rope
   alignas(1024) Tile left[kLeftStages][kHalfTiles];
   alignas(1024) Tile right[kRightStages][kHalfTiles];
   alignas(1024) Tile rope[kLeftStages];   // becomes P
@@ -65,26 +66,13 @@ __device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a,
                                                      const flashmla_query& q, int request,
                                                      int kv_head, int row) {
   return static_cast<const uint16_t*>(q.data) + request * q.batch_stride +
-         row / a.group * q.token_stride + (kv_head * a.group + row % a.group) * q.head_stride;
+         a.group.divide(row) * q.token_stride +
+         (kv_head * static_cast<int>(a.group.divisor) + a.group.remainder(row)) * q.head_stride;
 }
 
 // Rows that this thread holds of a 64-row accumulator.
 __device__ __forceinline__ int accumulator_row(int r) {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
-}
-
-// Word j of thread i goes to word i of thread j, among the four threads of a quad.
-__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
-#pragma unroll
-  for (int step = 1; step <= 2; step <<= 1) {
-    const bool high = threadIdx.x & step;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & step) continue;
-      const uint32_t received = __shfl_xor_sync(~0u, high ? v[j] : v[j + step], step);
-      (high ? v[j] : v[j + step]) = received;
-    }
-  }
 }
 
 }  // namespace flashmla

@@ -11,10 +11,11 @@ __device__ __forceinline__ void pin_words(uint32_t (&v)[4][4]) {
   for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(v[i / 4][i % 4]));
 }
 
-// One row of O, 256 columns from `column` on: this thread's o[4 n + 2 r + {0, 1}] are columns
-// 8 n + 2 (lane % 4) + {0, 1}. All values of a batch are ready before its first store, or each
-// store would wait for the registers of the one before.
-template <typename Element>
+// One row of O, 256 columns from `out` on: this thread's o[4 n + 2 r + {0, 1}] are columns
+// 8 n + 2 (lane % 4) + {0, 1}. A quad writes its vectors side by side, in the order of columns only
+// if kInOrder: what is read back by vectors need not be. All values of a batch are ready before its
+// first store, or each store would wait for the registers of the one before.
+template <typename Element, bool kInOrder>
 __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const float (&o)[128],
                                           float inverse_sum) {
   const int quad = threadIdx.x % 4;
@@ -28,7 +29,7 @@ __device__ __forceinline__ void store_row(Element* out, bool valid, int r, const
         const int x = 4 * (batch + 4 * i + j) + 2 * r;
         v[i][j] = pack<Element>(o[x] * inverse_sum, o[x + 1] * inverse_sum);
       }
-      transpose_quad(v[i]);  // each thread then owns 16 contiguous bytes
+      if (kInOrder) transpose_quad(v[i]);  // each thread then owns 16 contiguous bytes
     }
     pin_words(v);
 #pragma unroll
@@ -75,14 +76,15 @@ __device__ __forceinline__ void store_output(const DecodeArguments& a, const Ite
     const int row = min(row_begin + accumulator_row(r), a.rows - 1);
     const bool valid = row_begin + accumulator_row(r) < a.rows;
     if (item.split < 0) {
-      store_row(static_cast<Element*>(a.out) + output_row(a, item.request, kv_head, row) * kLatent +
-                    column,
-                valid, r, o, inverse_sum[r]);
+      store_row<Element, true>(static_cast<Element*>(a.out) +
+                                   output_row(a, item.request, kv_head, row) * kLatent + column,
+                               valid, r, o, inverse_sum[r]);
       continue;
     }
     const int64_t partial = partial_row(a, item.split, kv_head, row);
     const Fp16Scale scale(largest_of_row(o, r) * inverse_sum[r]);
-    store_row(a.partial_out + partial * kLatent + column, valid, r, o, inverse_sum[r] * scale.up);
+    store_row<__half, false>(a.partial_out + partial * kLatent + column, valid, r, o,
+                             inverse_sum[r] * scale.up);
     if (valid && threadIdx.x % 4 == 0)
       a.partial_lse[partial].scale[half] = __float_as_uint(scale.down) >> 16;
   }

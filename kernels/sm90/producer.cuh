@@ -32,22 +32,27 @@ constexpr int kNoPage = -1;
 template <bool kSmallPages, typename Load>
 __device__ __forceinline__ void for_each_tile(const DecodeArguments& a, Box<kSmallPages> box,
                                               int first, int last, Load load) {
+  // In short batches mostly the part's first item: asked for at once, not when that is known.
+  const int part = blockIdx.z;
+  const int4 likely = __ldg(a.items + part);
   const int lookup_tiles = 32 >> box.count_log2;  // whose pages a warp looks up at once
-  const int tiles_per_page = kSmallPages ? 1 : a.tiles_per_page;
   for (int i = first; i < last; ++i) {
-    const Item item(__ldg(a.items + i));
+    const Item item(i == part ? likely : __ldg(a.items + i));
     const int32_t* table = a.block_table + item.request * a.block_table_stride;
     int end = item.page_end << box.count_log2;
     if (kSmallPages) end = min(end, request_boxes(a, item.request));
     for (int base = item.page_begin; base < item.page_end; base += lookup_tiles) {
       // Every lane looks up one page, so that table reads are a thirty-second of the waits.
       const int own = (base << box.count_log2) + threadIdx.x % 32;
-      const int page_id = own < end ? __ldg(table + own / tiles_per_page) : kNoPage;
+      const bool spanned = !kSmallPages && a.tiles_per_page.divisor > 1;
+      const int page = spanned ? a.tiles_per_page.divide(own) : own;
+      const int page_id = own < end ? __ldg(table + page) : kNoPage;
+      const int row = spanned ? a.tiles_per_page.remainder(own) * kTileTokens : 0;
       const int count = min(lookup_tiles, item.page_end - base);
 #pragma unroll 1  // keeps the code short: short requests pay for fetching it
       for (int j = 0; j < count; ++j) {
-        load(__shfl_sync(~0u, page_id, (j << box.count_log2) + box.index),
-             (base + j) % tiles_per_page * kTileTokens);
+        const int lane = (j << box.count_log2) + box.index;
+        load(__shfl_sync(~0u, page_id, lane), __shfl_sync(~0u, row, lane));
       }
     }
   }
@@ -129,34 +134,65 @@ __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeSha
   }
 }
 
-// Two warps; 48 of their threads own one 16-byte column of the tiles in shared memory each.
-__device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
-                                               int row_begin, int kv_head, int first, int last) {
-  const int thread = threadIdx.x % 128 - 64;
-  const int slot = thread / 8, chunk = thread % 8;
+constexpr int kQueryArrivals = 128;  // at q_full, by as many threads or by half
+
+// The valid rows of an item's Q by `kThreads` threads, each of which owns a 16-byte column of the
+// tiles in shared memory, of all rows or of every kStep-th.
+template <int kThreads>
+__device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeShared& shared,
+                                             int row_begin, int kv_head, int request, int thread) {
+  constexpr int kStep = kThreads / (kQueryTiles * 8);  // rows
+  const int slot = thread / 8 % kQueryTiles, chunk = thread % 8;
   const flashmla_query& part = slot == kFirstRegisterTile ? a.q_rope : a.q_latent;
   const int column = slot == kFirstRegisterTile ? chunk * 8 : slot * 64 + chunk * 8;
-  const int rows = min(kTileRows, a.rows - row_begin);
+  const int rows = thread / 8 < kStep * kQueryTiles ? min(kTileRows, a.rows - row_begin) : 0;
+#pragma unroll 4
+  for (int r = thread / (kQueryTiles * 8); r < rows; r += kStep) {
+    ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16),
+                       query_row(a, part, request, kv_head, row_begin + r) + column);
+  }
+  ptx::copy_async_wait_all();
+  ptx::fence_async_proxy();
+  ptx::mbarrier_arrive<kQueryArrivals / kThreads>(&shared.q_full);
+}
+
+// Of the items that have pages the first, or `last`.
+__device__ __forceinline__ int first_with_pages(const DecodeArguments& a, int first, int last) {
+  while (first < last && Item(__ldg(a.items + first)).pages() == 0) ++first;
+  return first;
+}
+
+// By a warpgroup. Rows that do not exist are zero for good: what lies in shared memory could be NaN
+// or huge.
+__device__ __forceinline__ void zero_absent_rows(DecodeShared& shared, int rows) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < (kTileRows - rows) * 8; i += 128) {
+#pragma unroll
+    for (int tile = 0; tile < kQueryTiles; ++tile)
+      reinterpret_cast<uint4*>(shared.q[tile] + rows * 128)[i] = uint4{};
+  }
+}
+
+// By a warpgroup. The first item's queries are waited for, so that two warps would be few.
+__device__ __forceinline__ void load_first_queries(const DecodeArguments& a, DecodeShared& shared,
+                                                   int row_begin, int kv_head, int first,
+                                                   int last) {
+  first = first_with_pages(a, first, last);
+  if (first == last) return;
+  zero_absent_rows(shared, a.rows - row_begin);
+  load_queries<128>(a, shared, row_begin, kv_head, Item(__ldg(a.items + first)).request,
+                    threadIdx.x % 128);
+}
+
+// By two warps: those of all further items.
+__device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
+                                               int row_begin, int kv_head, int first, int last) {
   uint32_t parity = 0;
-  for (int i = first; i < last; ++i) {
+  for (int i = first_with_pages(a, first, last) + 1; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) continue;
-    ptx::mbarrier_wait(&shared.q_empty, parity ^ 1);
-    if (slot < kTiles - kRegisterTiles) {
-      int head = row_begin % a.group;
-      const uint16_t* q = query_row(a, part, item.request, kv_head, row_begin) + column;
-      const int64_t next_token = part.token_stride - (a.group - 1) * part.head_stride;
-#pragma unroll 4
-      for (int r = 0; r < rows; ++r) {
-        ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16), q);
-        const bool wraps = ++head == a.group;
-        if (wraps) head = 0;
-        q += wraps ? next_token : part.head_stride;
-      }
-    }
-    ptx::copy_async_wait_all();
-    ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(&shared.q_full);
+    ptx::mbarrier_wait(&shared.q_empty, parity);
+    load_queries<64>(a, shared, row_begin, kv_head, item.request, threadIdx.x % 128 - 64);
     parity ^= 1;
   }
 }

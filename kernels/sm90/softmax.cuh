@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "sm90/quad.cuh"
+
 namespace flashmla {
 
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
@@ -51,32 +53,21 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
 // is theirs; 0 for a row that saw no token, whatever its O.
 struct RowState {
   float anchor, sum;
 
+  // 1 / sum, 0 for a row that saw no token.
   __device__ __forceinline__ float inverse() const {
     return sum > 0.0f ? reciprocal_fast(sum) : 0.0f;
   }
+  // Natural log of the sum of exponentials, -inf for a row that saw no token.
   __device__ __forceinline__ float lse() const {
     constexpr float kLn2 = 0.6931471805599453f;
     return sum > 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
   }
 };
-
-// 1 / sum, 0 for a row that saw no token.
-__device__ __forceinline__ float inverse_of(float sum) { return sum > 0.0f ? 1.0f / sum : 0.0f; }
 
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
@@ -144,12 +135,6 @@ struct OnlineSoftmax {
   }
 
   __device__ __forceinline__ RowState row(int r) const { return {anchor[r], sum[r]}; }
-
-  // Natural log of the sum of exponentials, -inf for a row that saw no token.
-  __device__ __forceinline__ float log_sum(int r) const {
-    constexpr float kLn2 = 0.6931471805599453f;
-    return sum[r] > 0.0f ? (anchor[r] + log2f(sum[r])) * kLn2 : kNegativeInfinity;
-  }
 };
 
 }  // namespace flashmla

@@ -47,7 +47,8 @@ typedef struct flashmla_decode_params {
   const int32_t* block_table;  // [B, block_table_stride]
   int64_t block_table_stride;  // 0 or more
 
-  const int32_t* items;          // [.., 4] request, page_begin, page_end, split; 16-byte aligned
+  const int32_t* items;          // [>= num_parts, 4] request, page_begin, page_end, split; 16-byte
+                                 // aligned
   const int32_t* part_offsets;   // [num_parts + 1]
   const int32_t* split_offsets;  // [B + 1]
 

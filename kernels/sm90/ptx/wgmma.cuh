@@ -51,6 +51,9 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
+// Keeps the compiler from working out a value again where it is used.
+__device__ __forceinline__ void pin_register(int& value) { asm volatile("" : "+r"(value)); }
+
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
