@@ -86,20 +86,20 @@ def test_graphs_are_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_are_clocked_by_what_is_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 101.0, 103.0, 106.0, 110.0])
+    now = iter([100.0, 101.0, 103.0, 106.0, 110.0, 120.0])
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))
     scheduler = SimpleNamespace(update_from_output=lambda *arguments: arguments)
     core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
     clock = clocks.StepClock()
     clock.watch(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)))
     clock.restart()
-    for scheduled in ({"a": 50, "b": 20}, {"a": 1, "b": 30}, {}, {"a": 1, "b": 1}, {"a": 1}):
+    for scheduled in ({"a": 50, "b": 20}, {"a": 1, "b": 30}, {}, {"a": 1, "b": 1}, {"a": 1}, {"a": 1}):
         step = SimpleNamespace(num_scheduled_tokens=scheduled)
         assert scheduler.update_from_output(step, "tokens") == (step, "tokens")
     assert clock.summary() == {
-        "decode": {"count": 2, "seconds": 7.0},
-        "mixed": {"count": 1, "seconds": 2.0},
-        "prompts": {"count": 1, "seconds": 1.0},
+        "decode": {"count": 3, "seconds": 17.0, "median_ms": 4000.0},
+        "mixed": {"count": 1, "seconds": 2.0, "median_ms": 2000.0},
+        "prompts": {"count": 1, "seconds": 1.0, "median_ms": 1000.0},
     }
 
 
@@ -128,8 +128,11 @@ def test_turns_are_pooled_and_another_backend_is_noticed(tmp_path: Path, monkeyp
 
 
 def rounds_of(*seconds: float, mixed_ms: float) -> list[dict[str, Any]]:
-    steps = {"decode": {"count": 50, "seconds": 0.5}, "prompts": {"count": 1, "seconds": 0.1}}
-    steps["mixed"] = {"count": 10, "seconds": mixed_ms / 100}
+    steps = {
+        "decode": {"count": 50, "seconds": 9.0, "median_ms": 10.0},  # one step of them was long
+        "mixed": {"count": 10, "seconds": 8.0, "median_ms": mixed_ms},
+        "prompts": {"count": 1, "seconds": 0.1, "median_ms": 100.0},
+    }
     return [{"turn": 1, "seconds": value, "steps": steps} for value in seconds]
 
 

@@ -4,7 +4,7 @@ request: {"model": folder, "attention_backend": name, "dtype": name, "lengths": 
           "at_once": requests, "batched_tokens": of a step or null, "rounds": number,
           "engine": more keyword arguments of vllm.LLM}
 answer: {"impl": class of the layers' attention, "batched_tokens": of a step,
-         "rounds": [{"seconds", "steps": {kind: {count, seconds}}}, ...]}
+         "rounds": [{"seconds", "steps": {kind: {count, seconds, median_ms}}}, ...]}
 
 Says `@ what` on standard output before everything that takes its time.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -45,9 +46,13 @@ class StepClock:
         scheduler.update_from_output = timed
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """{kind: {count, seconds}} of the kinds that there were."""
+        """{kind: {count, seconds, median_ms}} of the kinds that there were; the median hears no single compilation."""
         return {
-            kind: {"count": len(seconds), "seconds": round(sum(seconds), 4)}
+            kind: {
+                "count": len(seconds),
+                "seconds": round(sum(seconds), 4),
+                "median_ms": round(statistics.median(seconds) * 1e3, 4),
+            }
             for kind, seconds in self.seconds.items()
             if seconds
         }

@@ -5,7 +5,7 @@ A report is a dict: "device", "torch", "vllm", "date", "commit", "command", what
 "batched_tokens" that its steps could hold, "rows", "summary", "notes", "wall_s". Rows are {backend, output_throughput,
 total_throughput, steps, ms, rounds}; throughputs are {median, least, most} in tokens a second, `total` with the
 prompts' tokens; `steps` of a round and `ms` of a step are medians by kind, see clock.py; rounds are {turn, seconds,
-steps}, and there `steps` is {kind: {count, seconds}}.
+steps}, and there `steps` is {kind: {count, seconds, median_ms}}.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def row_of(backend: str, rounds: Sequence[dict[str, Any]], lengths: Sequence[tup
     """What a backend's rounds come to."""
     output, total = sum(tokens for _, tokens in lengths), sum(map(sum, lengths))
     times: dict[str, list[float]] = {
-        kind: [one["steps"][kind]["seconds"] / one["steps"][kind]["count"] for one in rounds if kind in one["steps"]]
-        for kind in KINDS
+        kind: [one["steps"][kind]["median_ms"] for one in rounds if kind in one["steps"]] for kind in KINDS
     }
     return {
         "backend": backend,
@@ -58,7 +57,7 @@ def row_of(backend: str, rounds: Sequence[dict[str, Any]], lengths: Sequence[tup
         "steps": {
             kind: statistics.median([one["steps"].get(kind, {"count": 0})["count"] for one in rounds]) for kind in KINDS
         },
-        "ms": {kind: round(statistics.median(seconds) * 1e3, 4) for kind, seconds in times.items() if seconds},
+        "ms": {kind: round(statistics.median(found), 4) for kind, found in times.items() if found},
         "rounds": list(rounds),
     }
 
