@@ -33,7 +33,7 @@ from tests.barrier_machine import (
 class Scale:
     """How many of its parts are modelled, and the rings."""
 
-    warps: int  # of a warpgroup, and that load Q of items after the first; the kernel has 4, and 2 that count double
+    warps: int  # of a warpgroup, and of those that load Q; the kernel has 4, for Q of later items 2 that arrive twice
     pairs: int  # of column tiles, each with a barrier, in either half of a page; the kernel has 2
     left_stages: int = 2  # for left halves, rope tiles and P
     right_stages: int = 3

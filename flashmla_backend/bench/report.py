@@ -99,7 +99,8 @@ def summary_line(report: dict[str, Any]) -> str:
     if not summary:
         return "nothing to compare with"
     against = "best rival" if any("best_rival_us" in row for row in report["rows"]) else "best of the others"
+    behind = sum(ratio < 1 for _, ratio in speed_ups(report["rows"]))
     return (
-        f"{against} / ours: geometric mean {summary['geomean']:.3f}, least {summary['min']:.3f}, "
-        f"{summary['losing']:.0f} of {summary['n']:.0f} shapes lost"
+        f"{against} / ours: geometric mean {summary['geomean']:.3f}, least {summary['min']:.3f}; of "
+        f"{summary['n']:.0f} shapes {behind} below 1, {summary['losing']:.0f} of them below {SLOWER}"
     )

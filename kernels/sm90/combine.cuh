@@ -66,8 +66,8 @@ struct Merge {
   float out[kVectorColumns] = {};
 
   // Sums up `count` partial results that lie `stride` rows apart, from `values` and `states` on;
-  // the latter are PartialStates. Lanes share the states: what is done for each of them by all is
-  // felt.
+  // the latter are PartialStates. Each lane reads and weighs one of 32 pieces: instructions that
+  // all lanes run for every piece are felt.
   template <int kInFlight>
   __device__ __forceinline__ void add_splits(const uint4* values, const uint2* states, int half,
                                              int stride, int count, bool discards) {
@@ -151,6 +151,7 @@ class CutRequests {
     load(0);
   }
 
+  // Of the whole batch. Before any is asked for: the first 32 must be held.
   __device__ __forceinline__ int count() const {
     int cut = __popc(cut_);
 #pragma unroll 4
@@ -262,8 +263,8 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int cut = requests.count(), rows = a.all_rows.divisor, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
-  // The pieces of half a row are shared among as many warps as there are, but no more than it has
-  // pieces; each takes every group-th one.
+  // The pieces of half a row are shared among as many warps as there are, but no more than a cut
+  // request has pieces on average; each takes every group-th one.
   const int group_log2 =
       min(kCombineWarpsLog2, min(log2_of_ratio(warps, units), log2_of_ratio(splits, cut)));
   const int group = 1 << group_log2;

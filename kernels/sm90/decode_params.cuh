@@ -64,7 +64,7 @@ struct DecodeArguments {
   Divisor group;           // h_q / h_kv
   Divisor head_rows;       // rows, of one KV head
   Divisor all_rows;        // h_kv * rows
-  Divisor tiles_per_page;  // page_size / 64; of use where pages are no smaller
+  Divisor tiles_per_page;  // page_size / 64, 1 where pages are smaller
   int max_leaves;          // 0: not batch-invariant
   bool causal;
   float scale_log2;  // softmax scale * log2(e)

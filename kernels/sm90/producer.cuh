@@ -1,4 +1,5 @@
-// The producer warpgroup of the decode kernel: pages by TMA, the valid rows of Q by cp.async.
+// What loads pages, by TMA, and the valid rows of Q, by cp.async: the producer warpgroup of the
+// decode kernel, and for a part's first item the right one.
 #pragma once
 
 #include "sm90/bounds.cuh"

@@ -304,13 +304,24 @@ int main() {
                              {700, 1, 0, 16, 17, 64, 130}};
   const Shape half_tiles = {
       "two KV heads, pages of 32", FLASHMLA_FP16, 1, 12, 2, 32, true, 0.07f, {33, 300, 96, 0}};
+  Shape many_rows = {"32 heads, more half rows than warps of the combine",
+                     FLASHMLA_BF16,
+                     1,
+                     32,
+                     1,
+                     64,
+                     true,
+                     0.07f,
+                     std::vector<int32_t>(40, 70)};
+  many_rows.lengths[0] = many_rows.lengths[37] = 1500;
   Case cases[] = {{by_hand, kByHand},
                   {cut, device_schedule(8)},
                   {many, device_schedule(3)},
                   {row_tiles, device_schedule(4)},
                   {kv_heads, device_schedule(4)},
                   {small_pages, device_schedule(3)},
-                  {half_tiles, device_schedule(4)}};
+                  {half_tiles, device_schedule(4)},
+                  {many_rows, device_schedule(8)}};
   bool right = true;
   for (Case& c : cases) {
     right &= c.decode();

@@ -156,6 +156,15 @@ def test_partial_results_keep_columns_of_all_magnitudes(batch_invariant: bool) -
     assert (out - expected_out).abs()[..., ~fine].max() < 2.0**-38
 
 
+@pytest.mark.parametrize("h_q, tokens", [(16, [20_000] + [400] * 40), (64, [30_000] + [1000] * 40)])
+def test_a_warp_merges_more_pieces_than_it_has_lanes(h_q: int, tokens: list[int]) -> None:
+    """One long request among many that are cut, so that half a row is one warp's; both builds of the combine."""
+    problem = make_problem(tokens, h_q=h_q)
+    offsets = plan_of(problem, causal=True).split_offsets
+    assert offsets[1] - offsets[0] > 32 and (offsets.diff() > 0).all()
+    assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
+
+
 def test_queries_outnumber_tokens_without_a_mask() -> None:
     problem = make_problem([1, 3, 7, 8, 66, 300], s_q=8, h_q=4)
     assert fault(*decode(problem, causal=False), *oracle(problem, causal=False)) is None

@@ -83,7 +83,9 @@ def main(request_path: str, answer_path: str) -> None:
     for number in range(1, request["rounds"] + 1):
         say(f"round {number}")
         answer["rounds"].append(work(llm, clock, request["lengths"], number))
-        Path(answer_path).write_text(json.dumps(answer))  # what is there stays, should a later round fail
+        partial = Path(f"{answer_path}.partial")
+        partial.write_text(json.dumps(answer))
+        partial.replace(answer_path)  # what is there stays, and whole, should a later round fail
     say("done")
     sys.stdout.flush()
     os._exit(0)  # an engine in this process may take long to take down

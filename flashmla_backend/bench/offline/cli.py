@@ -42,7 +42,12 @@ def offline(
         typer.Option(help="Tokens in a step, at most; small ones make most steps mixed.", show_default="vLLM's", min=1),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Of one process, after one that is not measured.", min=1)] = 3,
-    turns: Annotated[int, typer.Option(help="Processes of each backend, every other turn backwards.", min=1)] = 1,
+    turns: Annotated[
+        int,
+        typer.Option(
+            help="Processes of each backend, every other turn backwards; with one, the first meets cold caches.", min=1
+        ),
+    ] = 1,
     dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
     compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds for one process.", min=1)] = 300,
@@ -52,8 +57,10 @@ def offline(
 ) -> None:
     """Hand vLLM a batch of prompts without a server, backend by backend: throughput.
 
-    Prompts and decodes share steps; says how long those take and those of decodes alone. Defaults are
-    smaller on a CPU. Exit code 1 if a backend failed.
+    Prompts and decodes share steps; says how long those take and those of decodes alone. On a GPU
+    decodes alone run under full CUDA graphs, steps with prompts under none, and without --compiled
+    both without torch.compile: not what vLLM does by default. Defaults are smaller on a CPU. Exit
+    code 1 if a backend failed.
     """
     import torch
 

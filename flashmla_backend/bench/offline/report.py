@@ -97,8 +97,9 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
 def table(report: dict[str, Any]) -> Table:
     head, *lines = cells(report)
     title = (
-        f"{report['device']}, {report['vllm']}, {report['model']} in {report['dtype']}: {report['prompts']} prompts of "
-        f"{report['input_tokens']} and answers of {report['output_tokens']} tokens, {report['at_once']} at once"
+        f"{report['device']}, {report['vllm']}{', compiled' if report['compiled'] else ''}, {report['model']} in "
+        f"{report['dtype']}: {report['prompts']} prompts of {report['input_tokens']} and answers of "
+        f"{report['output_tokens']} tokens, both +-{report['spread']:.0%}, {report['at_once']} at once"
     )
     made = Table(*head, title=title)
     for line in lines:
@@ -114,8 +115,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the table does not say."""
-    words = {"throughput": "throughput", "decode": "time of a decode step", "mixed": "time of a mixed step"}
-    said = [f"{words[name]}, ours against the best of the others: {x:.3f}" for name, x in report["summary"].items()]
+    words = {
+        "throughput": "throughput, ours / best of the others",
+        "decode": "time of a decode step, best of the others / ours",
+        "mixed": "time of a mixed step, best of the others / ours",
+    }
+    said = [f"{words[name]}: {x:.3f}" for name, x in report["summary"].items()]
     sizes = report["batched_tokens"]  # vLLM may choose others than it was asked for
     said += [f"{who}: {impl}, up to {sizes[who]} tokens in a step" for who, impl in report["impls"].items()]
     return said + report["notes"]

@@ -87,8 +87,9 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results
         if answer is not None:
             results.impls[backend] = answer["impl"]
             results.batched_tokens[backend] = answer["batched_tokens"]
-            results.rounds.setdefault(backend, []).extend({"turn": turn, **one} for one in answer["rounds"])
-            if (backend == backends.OURS) != answer["impl"].startswith("flashmla_backend."):
+            if (backend == backends.OURS) == answer["impl"].startswith("flashmla_backend."):
+                results.rounds.setdefault(backend, []).extend({"turn": turn, **one} for one in answer["rounds"])
+            else:
                 problem = problem or f"{answer['impl']} answered"
         if problem:
             results.notes.append(f"{backend}, turn {turn}: {problem}")

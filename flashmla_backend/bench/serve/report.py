@@ -96,9 +96,13 @@ def table(report: dict[str, Any]) -> Table:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the table does not say."""
-    words = {"tpot": "time per token", "ttft": "time to the first token", "throughput": "throughput"}
+    words = {
+        "tpot": "time per token, best of the others / ours",
+        "ttft": "time to the first token, best of the others / ours",
+        "throughput": "throughput, ours / best of the others",
+    }
     said = [
-        f"{words[name]}, ours against the best of the others: geometric mean {s['geomean']:.3f}, least {s['min']:.3f}"
+        f"{words[name]}: geometric mean {s['geomean']:.3f}, least {s['min']:.3f}"
         for name, s in report["summary"].items()
     ]
     return said + [f"{who}: {line}" for who, line in report["served_by"].items()] + report["notes"]
