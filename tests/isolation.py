@@ -145,3 +145,22 @@ def leaks(
     if calm[0].isnan().any() or calm[1].isnan().any():
         faults.append("NaN among zeros")
     return wrong.numel(), faults
+
+
+def own_nan(mode: dict[str, object], device: str) -> list[str]:
+    """What is wrong with answers where a request's own token or query is NaN: all that sees it must be, LSE as well."""
+    problem = make_problem([3000, 70, 0, 500], s_q=2, h_q=4, device=device)
+    plan = plan_of(problem, causal=True, **mode)
+    before = mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+    cache, q = problem.kv_cache.clone(), problem.q.clone()
+    cache[problem.block_table[0, 1000 // 64].long(), 1000 % 64] = float("nan")
+    q[3, 1, 2] = float("nan")
+    hit = torch.zeros(4, 2, 4, dtype=torch.bool, device=device)
+    hit[0] = hit[3, 1, 2] = True
+    wrong = []
+    for name, was, now in zip(("out", "lse"), before, mla_decode(q, cache, plan, softmax_scale=SCALE), strict=True):
+        if not now[hit].isnan().all():
+            wrong.append(f"{name} hides NaN")
+        if not torch.equal(now[~hit], was[~hit]):
+            wrong.append(f"{name} of others changed")
+    return wrong

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.isolation import MODES, Fill, Variant, decode_with, leaks
+from tests.isolation import MODES, Fill, Variant, decode_with, leaks, own_nan
 from tests.kernels.problems import Problem
 
 LENGTHS = [0, 70, 300, 3, 64, 257, 128, 0]
@@ -26,6 +26,11 @@ LENGTHS = [0, 70, 300, 3, 64, 257, 128, 0]
 def test_nothing_leaks(page_size: int, dtype: torch.dtype, s_q: int, causal: bool, mode: dict[str, object]) -> None:
     cases, faults = leaks(Variant(page_size, dtype, s_q, causal, h_q=4, h_kv=2), mode, "cpu", LENGTHS)
     assert cases == 6 * len(LENGTHS) and not faults
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_requests_own_nan_shows(mode: dict[str, object]) -> None:
+    assert own_nan(mode, "cpu") == []
 
 
 def reads_the_whole_last_page(
