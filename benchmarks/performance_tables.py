@@ -20,6 +20,7 @@ from performance_measures import (
 from performance_reports import Report, Reports, Row
 
 from flashmla_backend.bench import report as kernels_report
+from flashmla_backend.bench import tables
 from flashmla_backend.bench.contenders import INVARIANT, OURS
 from flashmla_backend.bench.report import SLOWER
 from flashmla_backend.bench.serve import report as serve_report
@@ -32,7 +33,7 @@ MISSING = "not in this report"
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    return tables.markdown([head, *lines])
 
 
 def tokens(length: int) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +93,26 @@ def close(x: torch.Tensor, y: torch.Tensor, *, absolute: float, relative: float)
             f"{int(wrong.sum())} of {x.numel()} values out of bounds, worst at {worst}: "
             f"{x.flatten()[worst]:.6g} instead of {y.flatten()[worst]:.6g}"
         )
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs a command of `flashmla bench` with an engine on the CPU and returns its report, that of `tmp_path`."""
+    from typer.testing import CliRunner
+
+    from flashmla_backend.cli import app
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("FLASHMLA_BACKEND_CACHE", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+
+    def run(command: str, **options: object) -> dict[str, Any]:
+        words = ["bench", command, "--logs", str(tmp_path), "--out", str(tmp_path / "report.json")]
+        for name, value in options.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        made: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+        return made
+
+    return run

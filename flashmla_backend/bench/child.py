@@ -72,5 +72,17 @@ def ask_child(
     return answer, f"ended with code {code} ({log}):\n{last_lines(log)}" if code else None
 
 
+def say(what: str) -> None:
+    """For `progressed` of who runs this process."""
+    print(f"{MARK}{what}", flush=True)
+
+
+def write_answer(path: str, answer: Mapping[str, Any]) -> None:
+    """Of this process, for ask_child. What is there stays, and whole, should a later part fail or be killed."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(answer))
+    partial.replace(path)
+
+
 def last_lines(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flashmla_backend.bench.console import err, out, progress_bar, refusals
 from flashmla_backend.bench.offline.cli import offline
 from flashmla_backend.bench.serve.cli import serve
 from flashmla_backend.bench.soak.cli import soak
 from flashmla_backend.bench.steps.cli import steps
-from flashmla_backend.errors import FlashMLAError, InvalidArgument
+from flashmla_backend.errors import InvalidArgument
 
 app = typer.Typer(help="Measure decode kernels and engines, ours beside others.", no_args_is_help=True)
 app.command()(steps)
 app.command()(serve)
 app.command()(offline)
 app.command()(soak)
-out, err = Console(), Console(stderr=True)
 
 GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
 CPU_DEFAULTS = {"heads": "16", "s_q": "1", "batch": "1,4", "lens": "256,1024"}
@@ -59,7 +57,7 @@ def kernels(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
-    try:
+    with refusals():
         shapes = grid(
             numbers("heads", heads or defaults["heads"]),
             numbers("sq", sq or defaults["s_q"]),
@@ -67,19 +65,8 @@ def kernels(
             numbers("lens", lens or defaults["lens"]),
             choices("kinds", kinds, KINDS),
         )
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=err) as progress:
-            task = progress.add_task("starting", total=None)
-            results = run(
-                shapes,
-                impls.split(","),
-                device,
-                budget,
-                lambda done, of, what: progress.update(task, completed=done, total=of, description=what),
-            )
-    except FlashMLAError as error:
-        err.print(f"[bold red]{error}", highlight=False)
-        raise typer.Exit(2) from None
+        with progress_bar() as report_progress:
+            results = run(shapes, impls.split(","), device, budget, report_progress)
     made = report.make(results, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)

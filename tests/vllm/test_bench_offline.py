@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from flashmla_backend.bench.offline.child import work
 from flashmla_backend.bench.offline.clock import StepClock
-from flashmla_backend.cli import app
 
 
-def test_a_job_of_mixed_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_mixed_steps(bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-    report = tmp_path / "report.json"
-    options = {
-        "--prompts": "6",
-        "--input-tokens": "70",
-        "--output-tokens": "8",
-        "--spread": "0",
-        "--at-once": "3",
-        "--batched-tokens": "24",
-        "--rounds": "2",
-        "--logs": str(tmp_path),
-        "--out": str(report),
-    }
-    result = CliRunner().invoke(app, ["bench", "offline", *(word for pair in options.items() for word in pair)])
-    assert result.exit_code == 0, result.output
-    made = json.loads(report.read_text())
+    job = {"prompts": 6, "input_tokens": 70, "output_tokens": 8, "spread": 0}
+    made = bench("offline", **job, at_once=3, batched_tokens=24, rounds=2)
     assert made["impls"]["ours"].startswith("flashmla_backend.") and made["batched_tokens"] == {"ours": 24}
     (row,) = made["rows"]
     assert len(row["rounds"]) == 2 and row["rounds"][0]["steps"].keys() == {"prompts", "mixed", "decode"}

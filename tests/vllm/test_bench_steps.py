@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-
-from flashmla_backend.cli import app
 
 
-def test_two_backends_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_backends_side_by_side(bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-    report = tmp_path / "report.json"
-    options = {
-        "--backends": "ours,CPU_MLA",
-        "--points": "2x100,1x130+1x64",
-        "--dtype": "float32",
-        "--warmup": "1",
-        "--windows": "2",
-        "--window": "2",
-        "--new-tokens": "4",
-        "--logs": str(tmp_path),
-        "--out": str(report),
-    }
-    result = CliRunner().invoke(app, ["bench", "steps", *(word for pair in options.items() for word in pair)])
-    assert result.exit_code == 0, result.output
-    made = json.loads(report.read_text())
+    measured = {"backends": "ours,CPU_MLA", "points": "2x100,1x130+1x64", "dtype": "float32"}
+    made = bench("steps", **measured, warmup=1, windows=2, window=2, new_tokens=4)
     assert made["impls"]["tiny"]["ours"].startswith("flashmla_backend.")
     assert made["impls"]["tiny"]["CPU_MLA"].startswith("vllm.")
     for row in made["rows"]:

@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from flashmla_backend.bench.child import say, write_answer
 from flashmla_backend.bench.offline.clock import StepClock
 from flashmla_backend.bench.offline.job import draw_prompts
-from flashmla_backend.bench.steps.child import BLOCK_SIZE, implementation, say
+from flashmla_backend.bench.steps.child import BLOCK_SIZE, implementation
 from flashmla_backend.bench.steps.models import LOAD_FORMAT, register_loader
 
 
@@ -83,9 +84,7 @@ def main(request_path: str, answer_path: str) -> None:
     for number in range(1, request["rounds"] + 1):
         say(f"round {number}")
         answer["rounds"].append(work(llm, clock, request["lengths"], number))
-        partial = Path(f"{answer_path}.partial")
-        partial.write_text(json.dumps(answer))
-        partial.replace(answer_path)  # what is there stays, and whole, should a later round fail
+        write_answer(answer_path, answer)
     say("done")
     sys.stdout.flush()
     os._exit(0)  # an engine in this process may take long to take down

@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flashmla_backend.errors import FlashMLAError
-
-out, err = Console(), Console(stderr=True)
+from flashmla_backend.bench.console import progress_bar, refusals, show
 
 ON_GPU = {
     "model": "v2-lite",
@@ -71,7 +67,7 @@ def offline(
     from flashmla_backend.bench.provenance import write
 
     defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
-    try:
+    with refusals():
         plan = Plan(
             model=model or defaults["model"],
             backends=known.parse(backends or defaults["backends"]),
@@ -89,15 +85,8 @@ def offline(
             logs=logs,
         )
         serve.check_vllm()
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=err) as progress:
-            task = progress.add_task("starting", total=None)
-            results = run(
-                plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
-            )
-    except FlashMLAError as error:
-        err.print(f"[bold red]{error}", highlight=False)
-        raise typer.Exit(2) from None
+        with progress_bar() as report_progress:
+            results = run(plan, report_progress)
     made = report.make(results, plan, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)
@@ -109,7 +98,4 @@ def present(made: dict[str, Any], path: Path) -> None:
     """A report as a table."""
     from flashmla_backend.bench.offline import report
 
-    out.print(report.table(made))
-    for line in report.lines(made):
-        out.print(f"- {line}", highlight=False, markup=False)
-    out.print(f"report: {path}", highlight=False)
+    show(report.table(made), report.lines(made), path)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from flashmla_backend.bench import machine
+from flashmla_backend.bench import machine, tables
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.offline.clock import KINDS
 from flashmla_backend.bench.offline.run import Plan, Results
@@ -95,22 +95,17 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    head, *lines = cells(report)
     title = (
         f"{report['device']}, {report['vllm']}{', compiled' if report['compiled'] else ''}, {report['model']} in "
         f"{report['dtype']}: {report['prompts']} prompts of {report['input_tokens']} and answers of "
         f"{report['output_tokens']} tokens, both +-{report['spread']:.0%}, {report['at_once']} at once"
     )
-    made = Table(*head, title=title)
-    for line in lines:
-        made.add_row(*line)
-    return made
+    return tables.table(cells(report), title)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The same table for documents."""
-    head, *lines = cells(report)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    return tables.markdown(cells(report))
 
 
 def lines(report: dict[str, Any]) -> list[str]:

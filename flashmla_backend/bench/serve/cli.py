@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flashmla_backend.errors import FlashMLAError, Unsupported
-
-out, err = Console(), Console(stderr=True)
+from flashmla_backend.bench.console import progress_bar, refusals, show
+from flashmla_backend.errors import Unsupported
 
 ON_GPU = {
     "model": "v2-lite",
@@ -73,7 +70,7 @@ def serve(
 
     on_gpu = torch.cuda.is_available()
     defaults = ON_GPU if on_gpu else ON_CPU
-    try:
+    with refusals():
         serving = engine_named(engine)
         serving.check_installed()
         plan = Plan(
@@ -94,15 +91,8 @@ def serve(
             logs=logs,
             server_arguments=shlex.split(server_arguments),
         )
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=err) as progress:
-            task = progress.add_task("starting", total=None)
-            results = run(
-                serving, plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
-            )
-    except FlashMLAError as error:
-        err.print(f"[bold red]{error}", highlight=False)
-        raise typer.Exit(2) from None
+        with progress_bar() as report_progress:
+            results = run(serving, plan, report_progress)
     made = report.make(results, serving, plan, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)
@@ -115,13 +105,10 @@ def present(made: dict[str, Any], path: Path) -> None:
     from flashmla_backend.bench.serve import report
     from flashmla_backend.bench.serve.plot import plot
 
-    out.print(report.table(made))
     said = report.lines(made)
     try:
         plot(made, path.with_suffix(".png"))
         said.append(f"plot: {path.with_suffix('.png')}")
     except Unsupported as error:
         said.append(str(error))
-    for line in said:
-        out.print(f"- {line}", highlight=False, markup=False)
-    out.print(f"report: {path}", highlight=False)
+    show(report.table(made), said, path)

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from flashmla_backend.bench.child import say
+
 
 def main(path: str) -> None:
     from vllm.benchmarks.serve import add_cli_args
@@ -19,7 +21,7 @@ def main(path: str) -> None:
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
     for name, arguments in json.loads(Path(path).read_text()).items():
-        print(f"@ {name}", flush=True)
+        say(name)
         serve(parser.parse_args(arguments))
 
 

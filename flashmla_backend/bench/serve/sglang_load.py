@@ -11,6 +11,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from flashmla_backend.bench.child import say
 from flashmla_backend.integration.sglang import cpu
 
 
@@ -20,7 +21,7 @@ def main(path: str) -> None:
     from sglang.benchmark import serving
 
     for name, arguments in json.loads(Path(path).read_text()).items():
-        print(f"@ {name}", flush=True)
+        say(name)
         sys.argv[1:] = arguments
         serving.cli_main()
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flashmla_backend.errors import FlashMLAError, InvalidArgument
+from flashmla_backend.bench.console import err, out, refusals
+from flashmla_backend.errors import InvalidArgument
 
-out, err = Console(), Console(stderr=True)
 GROWTH_MIB, GROWTH_MIB_ON_CPU = 64, 1024  # oneDNN keeps a kernel for every shape of batch it has seen
 CROWDING = 8  # by default the cache holds this part of what all clients could need
 
@@ -52,7 +51,7 @@ def soak(
     if growth is None:
         growth = GROWTH_MIB if torch.cuda.is_available() else GROWTH_MIB_ON_CPU
     chosen = blocks or max(least, clients * least // CROWDING)
-    try:
+    with refusals():
         check_vllm()
         if chosen < least:
             raise InvalidArgument(f"blocks is {blocks}; {longest} tokens need {least} or more")
@@ -64,9 +63,6 @@ def soak(
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("starting", total=seconds)
             results = run(plan, lambda done, what: progress.update(task, completed=done, description=what))
-    except FlashMLAError as error:
-        err.print(f"[bold red]{error}", highlight=False)
-        raise typer.Exit(2) from None
     failed = failures(plan, results)
     made = _summary(plan, results, failed, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)

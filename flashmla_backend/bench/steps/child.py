@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from flashmla_backend.bench.child import say, write_answer
 from flashmla_backend.bench.steps.kernels import attention_us, busiest, busy_us, traced_launches
 from flashmla_backend.bench.steps.models import LOAD_FORMAT, register_loader
 
@@ -138,14 +139,10 @@ def main(request_path: str, answer_path: str) -> None:
     for name, lengths in request["points"].items():
         say(name)
         answer["rows"][name] = engine.measure(lengths)
-        Path(answer_path).write_text(json.dumps(answer))  # what is there stays, should a later point fail
+        write_answer(answer_path, answer)
     say("done")
     sys.stdout.flush()
     os._exit(0)  # an engine in this process may take long to take down
-
-
-def say(what: str) -> None:
-    print(f"@ {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flashmla_backend.errors import FlashMLAError
-
-out, err = Console(), Console(stderr=True)
+from flashmla_backend.bench.console import out, progress_bar, refusals, show
 
 ON_GPU = {
     "models": "v3-attention,v2-lite",
@@ -53,22 +49,15 @@ def steps(
     from flashmla_backend.bench.steps.run import Plan, run
 
     defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
-    try:
+    with refusals():
         plan = Plan(
             (models or defaults["models"]).split(","),
             known.parse(backends or defaults["backends"]),
             batches.parse(points or defaults["points"]),
             *(dtype, warmup, windows, window, new_tokens, timeout, compiled, logs),
         )
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=err) as progress:
-            task = progress.add_task("starting", total=None)
-            results = run(
-                plan, lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
-            )
-    except FlashMLAError as error:
-        err.print(f"[bold red]{error}", highlight=False)
-        raise typer.Exit(2) from None
+        with progress_bar() as report_progress:
+            results = run(plan, report_progress)
     made = report.make(results, plan.points, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)
@@ -81,10 +70,7 @@ def present(made: dict[str, Any], path: Path) -> None:
     from flashmla_backend.bench.steps.plot import plot
     from flashmla_backend.errors import Unsupported
 
-    out.print(report.table(made))
-    for line in report.lines(made):
-        out.print(f"- {line}", highlight=False, markup=False)
-    out.print(f"report: {path}", highlight=False)
+    show(report.table(made), report.lines(made), path)
     try:
         plot(made, path.with_suffix(".png"))
         out.print(f"plot: {path.with_suffix('.png')}", highlight=False)

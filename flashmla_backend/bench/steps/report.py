@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from flashmla_backend.bench import machine
+from flashmla_backend.bench import machine, tables
 from flashmla_backend.bench.backends import OURS, REFERENCES
 from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.bench.steps.points import Point
@@ -117,18 +117,13 @@ def cells(report: dict[str, Any]) -> list[list[str]]:
 
 
 def table(report: dict[str, Any]) -> Table:
-    head, *lines = cells(report)
     title = f"{report['device']}, {report['vllm']}: milliseconds of a decode step (of which attention)"
-    made = Table(*head, title=title)
-    for line in lines:
-        made.add_row(*line)
-    return made
+    return tables.table(cells(report), title)
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The same table for README."""
-    head, *lines = cells(report)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    return tables.markdown(cells(report))
 
 
 def lines(report: dict[str, Any]) -> list[str]:
