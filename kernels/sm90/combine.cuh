@@ -300,8 +300,7 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
       __syncthreads();  // the next round writes what may still be read
     }
     if (real && (lane & (group - 1)) == 0) {
-      const int64_t target =
-          output_row(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
+      const int64_t target = output_row(a, request.number, row);
       reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + vector] =
           out;
       if (half == 0 && vector == 0) a.lse[target] = merge.log_sum();

@@ -78,6 +78,11 @@ __device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int requ
   return (static_cast<int64_t>(request) * a.s_q + token) * a.h_q + kv_head * group + head;
 }
 
+// The same of a row among those of all KV heads, one after the other.
+__device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int request, int row) {
+  return output_row(a, request, a.head_rows.divide(row), a.head_rows.remainder(row));
+}
+
 // Offset of the same row in [splits, H_kv, rows]; without a sign, which would take a register.
 __device__ __forceinline__ int64_t partial_row(const DecodeArguments& a, int split, int kv_head,
                                                int row) {
