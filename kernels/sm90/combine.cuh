@@ -48,6 +48,14 @@ __device__ __forceinline__ uint4 in_column_order(const uint4& vector) {
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
+// The larger one, NaN if either is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+
+// NaN if any x is: what arithmetic makes is positive, so above all numbers here.
 __device__ __forceinline__ float warp_max(float x) {
   // Bits that are ordered as integers as the numbers are.
   const auto ordered = [](int bits) { return bits ^ (bits >> 31 & INT_MAX); };
@@ -78,7 +86,7 @@ struct Merge {
       if (lane < here) state = __ldcs(states + static_cast<int64_t>(base + lane) * stride);
       uint4 x[kInFlight];
       load(x, values, stride, base, count);
-      const float lse = __uint_as_float(state.x), next = fmaxf(maximum, warp_max(lse));
+      const float lse = __uint_as_float(state.x), next = max_or_nan(maximum, warp_max(lse));
       float weight = 0.0f;
       if (next != kNegativeInfinity) {
         if (base > 0) scale(__expf(maximum - next));
@@ -102,10 +110,10 @@ struct Merge {
     }
   }
 
-  __device__ __forceinline__ float inverse_sum() const { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+  __device__ __forceinline__ float inverse_sum() const { return sum != 0.0f ? 1.0f / sum : 0.0f; }
 
   __device__ __forceinline__ float log_sum() const {
-    return sum > 0.0f ? maximum + logf(sum) : kNegativeInfinity;
+    return sum != 0.0f ? maximum + logf(sum) : kNegativeInfinity;
   }
 
  private:

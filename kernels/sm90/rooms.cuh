@@ -24,10 +24,10 @@ struct MergeWeights {
     first = exp2_fast(__fmul_rn(__fsub_rn(first_lse, base), kLog2E));
     second = exp2_fast(__fmul_rn(__fsub_rn(second_lse, base), kLog2E));
     const float sum = __fadd_rn(first, second);
-    const float inverse = sum > 0.0f ? reciprocal_fast(sum) : 0.0f;
+    const float inverse = sum != 0.0f ? reciprocal_fast(sum) : 0.0f;
     first = __fmul_rn(first, inverse);
     second = __fmul_rn(second, inverse);
-    lse = __fadd_rn(most, __fmul_rn(log2_fast(fmaxf(sum, 1.0f)), kLn2));
+    lse = __fadd_rn(most, __fmul_rn(log2_fast(sum), kLn2));
   }
 };
 

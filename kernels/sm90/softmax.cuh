@@ -54,18 +54,19 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 }
 
 // A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
-// is theirs; 0 for a row that saw no token, whatever its O.
+// is theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it is
+// of the request's own tokens.
 struct RowState {
   float anchor, sum;
 
   // 1 / sum, 0 for a row that saw no token.
   __device__ __forceinline__ float inverse() const {
-    return sum > 0.0f ? reciprocal_fast(sum) : 0.0f;
+    return sum != 0.0f ? reciprocal_fast(sum) : 0.0f;
   }
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
   __device__ __forceinline__ float lse() const {
     constexpr float kLn2 = 0.6931471805599453f;
-    return sum > 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
+    return sum != 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
   }
 };
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.isolation import MODES, Variant, leaks
+from tests.isolation import MODES, Variant, leaks, own_nan
 from tests.kernels.problems import DTYPES
 
 
@@ -33,3 +33,8 @@ def test_nothing_leaks(
             faults += [f"{variant}: {fault}" for fault in found]
     record_property("cases", cases)
     assert not faults
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_requests_own_nan_shows(mode: dict[str, object]) -> None:
+    assert own_nan(mode, "cuda") == []
