@@ -111,13 +111,25 @@ __device__ __forceinline__ void rescale_output(float (&o)[128], const float (&fa
   for (int i = 0; i < 128; ++i) o[i] *= factor[(i >> 1) & 1];
 }
 
-// Columns 16 k .. 16 k + 15 of P, as A-operand registers, into the page's rope tile.
-__device__ __forceinline__ void store_probabilities(uint8_t* tile, int k, const uint32_t (&p)[4]) {
+// Where this thread's part of columns 16 k .. 16 k + 15 of P lies in the page's rope tile.
+__device__ __forceinline__ uint32_t probabilities_address(uint8_t* tile, int k) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int row = warp * 16 + lane % 16, chunk = (lane / 16) ^ (row % 8);
-  const uint32_t address = ptx::smem_address(tile + row * 128 + chunk * 16) ^ (k * 32);
+  return ptx::smem_address(tile + row * 128 + chunk * 16) ^ (k * 32);
+}
+
+// From the left side's A-operand registers to the right side's.
+__device__ __forceinline__ void store_probabilities(uint8_t* tile, int k, const uint32_t (&p)[4]) {
+  const uint32_t address = probabilities_address(tile, k);
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void load_probabilities(uint8_t* tile, int k, uint32_t (&p)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(p[0]), "=r"(p[1]), "=r"(p[2]), "=r"(p[3])
+               : "r"(probabilities_address(tile, k))
                : "memory");
 }
 
@@ -227,7 +239,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       const int stage = ring.stage;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       // The right side takes up the previous page now that S no longer needs the tensor cores.
-      if (!span.fresh) ptx::mbarrier_arrive(&shared.p_full[stage ^ 1]);
+      if (!span.fresh && lane == 0) ptx::mbarrier_arrive(&shared.turn[stage ^ 1]);
       if (final) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
         load_next_query(i + 1);
@@ -276,7 +288,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         }
       }
       ptx::fence_async_proxy();
-      if (span_ends) ptx::mbarrier_arrive(&shared.p_full[stage]);
+      ptx::mbarrier_arrive(&shared.p_full[stage]);
+      if (span_ends && lane == 0) ptx::mbarrier_arrive(&shared.turn[stage]);
 
       ring.advance();
       right_ring.advance();
@@ -325,17 +338,9 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
-  const auto release = [&] {
-    __syncwarp();  // all lanes have read what they need
-    if (lane == 0) {
-      ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
-      ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
-    }
-    ring.advance();
-    p_ring.advance();
-  };
   load_first_queries(a, shared, row_begin, kv_head, first, last);
   float o[128];
+  uint32_t p[4][4];
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) {
@@ -355,38 +360,41 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
         zero_tail(shared.right[ring.stage], valid_rows);
         ptx::named_barrier_sync(kRightGroup, 128);
       }
+      const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       ptx::mbarrier_wait(&shared.p_full[p_ring.stage], p_ring.parity);
       if (!span.fresh && shared.must_rescale[p_ring.stage][warp]) {
         const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
                                  shared.rescale[p_ring.stage][accumulator_row(1)]};
         rescale_output(o, factor);
       }
-      uint64_t p = ptx::matrix_descriptor(shared.rope[p_ring.stage], 0);
+      if (span_ends) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          if (kInvariant) leaf[r].anchor = shared.anchor[p_ring.stage][accumulator_row(r)];
+          leaf[r].sum = shared.sum[p_ring.stage][accumulator_row(r)];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) load_probabilities(shared.rope[p_ring.stage], k, p[k]);
+      // The next but one page's rope columns take the longest to be ready: their slot is freed first.
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
+      ptx::mbarrier_wait(&shared.turn[p_ring.stage], p_ring.parity);
       uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
       ptx::pin_registers(o);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromShared>(
-            p + k * ptx::kNextColumns16, v + k * ptx::kNextRows16, o, k > 0 || !span.fresh);
+        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(p[k], v + k * ptx::kNextRows16,
+                                                                    o, k > 0 || !span.fresh);
       }
       ptx::wgmma_commit();
       span.fresh = false;
-      const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
-      if (!kInvariant && span_ends) {
-        leaf[0].sum = shared.sum[p_ring.stage][accumulator_row(0)];
-        leaf[1].sum = shared.sum[p_ring.stage][accumulator_row(1)];
-      }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      if (kInvariant && span_ends) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          leaf[r] = {shared.anchor[p_ring.stage][accumulator_row(r)],
-                     shared.sum[p_ring.stage][accumulator_row(r)]};
-        }
-      }
-      release();
+      if (lane == 0) ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
+      ring.advance();
+      p_ring.advance();
       if (kInvariant && span_ends) {
         end_leaf(a, item, length, row_begin, 1, final, leaf, span, o, result);
         if (final) break;
@@ -419,6 +427,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(&shared.rope_full[stage], 1);
       ptx::mbarrier_init(&shared.rope_empty[stage], 4);
       ptx::mbarrier_init(&shared.p_full[stage], 128);  // all that wrote P and the factors
+      ptx::mbarrier_init(&shared.turn[stage], 4);
     }
     for (int stage = 0; stage < kRightStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
