@@ -4,7 +4,8 @@ A *program* is a list of steps; the machine runs programs side by side in every 
 hardware keeps: mbarriers (parity and arrivals of the open phase), named barriers, asynchronous copies, and asynchronous
 MMAs, which read shared memory from their issue until their warp has waited for them: a warp's wait speaks for its own
 share only. Shared memory is a set of named regions; each holds a label that says whose data it is, and every read names
-the label that it expects. Ordinary stores must be fenced before an MMA or a copy touches what they wrote.
+the label that it expects. Ordinary stores must be fenced before an MMA or a copy touches what they wrote; ordinary
+loads may be overtaken by an arrival, until a fence or an MMA that needs the registers.
 
 `explore` raises `Violation` when something goes wrong in any order, with the steps that lead there. Programs take turns
 after arrivals and before waits only: between these they do nothing that lets another one go on, so a conflict with
@@ -69,12 +70,15 @@ class Store(NamedTuple):
 
 
 class Fence(NamedTuple):
-    """This program's stores so far become visible to MMAs and copies. `label` says which ones are meant."""
+    """This program's stores so far become visible to MMAs and copies, and its loads are over. `label` says which stores
+    or loads are meant."""
 
     label: Label
 
 
 class Load(NamedTuple):
+    """Into registers, which it may take until the next Fence or Mma."""
+
     region: str
     label: Label
 
@@ -126,6 +130,7 @@ class State:
     phases: dict[str, int]  # mbarrier -> completed phases
     arrived: dict[str, Round]  # mbarriers and named barriers
     reading: dict[str, frozenset[str]]  # program -> regions that its MMAs in flight read
+    loading: dict[str, frozenset[str]]  # program -> regions that its loads in flight read
     unfenced: dict[str, frozenset[str]]  # program -> regions that it has stored to since its last fence
     copies: frozenset[Copy] = frozenset()
 
@@ -136,6 +141,7 @@ class State:
             self.phases.copy(),
             self.arrived.copy(),
             self.reading.copy(),
+            self.loading.copy(),
             self.unfenced.copy(),
             self.copies,
         )
@@ -185,6 +191,7 @@ class _Machine:
             phases=dict.fromkeys(mbarriers, 0),
             arrived=dict.fromkeys([*mbarriers, *self.protocol.named_barriers], NOBODY),
             reading=dict.fromkeys(self.programs, frozenset()),
+            loading=dict.fromkeys(self.programs, frozenset()),
             unfenced=dict.fromkeys(self.programs, frozenset()),
         )
 
@@ -225,9 +232,12 @@ class _Machine:
                 state.unfenced[name] |= set(regions)
             case Fence():
                 state.unfenced[name] = frozenset()
+                state.loading[name] = frozenset()
             case Load(region, label):
                 self._check_reads(state, ((region, label),), f"{name}'s load")
+                state.loading[name] |= {region}
             case Mma(reads):
+                state.loading[name] = frozenset()
                 self._check_reads(state, reads, f"{name}'s MMA")
                 self._check_fenced(state, _regions(step), f"{name}'s MMA")
                 state.reading[name] |= set(_regions(step))
@@ -294,9 +304,10 @@ class _Machine:
                 raise Violation(f"{who} uses what {name} has stored but not fenced: {stored.intersection(regions)}")
 
     def _check_unused(self, state: State, regions: tuple[str, ...], who: str) -> None:
-        for name, reading in state.reading.items():
-            if not reading.isdisjoint(regions):
-                raise Violation(f"{who} overwrites {reading.intersection(regions)}, which an MMA of {name} is reading")
+        for what, by in ("an MMA", state.reading), ("a load", state.loading):
+            for name, reading in by.items():
+                if not reading.isdisjoint(regions):
+                    raise Violation(f"{who} overwrites {reading.intersection(regions)}, which {what} of {name} reads")
         for copy in state.copies:
             if not set(regions).isdisjoint(copy.regions):
                 raise Violation(f"{who} overwrites some of {copy.regions}, into which a copy is in flight")

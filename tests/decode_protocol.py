@@ -234,8 +234,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
         yield MmaWait(s(item[0]))
         for at, page in enumerate(item):
             stage = ring.stage
-            if not page.first:
-                yield Arrive(f"p_full_{stage ^ 1}", p(item[at - 1]))
+            yield Arrive(f"scores_done_{right_ring.stage}", s(page))
             if page.final:
                 yield Arrive("q_empty_0", q(index))
             yield from sync("left_group", s(page))
@@ -246,8 +245,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             if page.last:
                 yield Store((f"inverse_sum_{stage}.{warp}",), p(page))
             yield Fence(p(page))
-            if page.last:
-                yield Arrive(f"p_full_{stage}", p(page))
+            yield Arrive(f"p_full_{stage}", p(page))
             ring.advance()
             right_ring.advance()
             yield MmaWait(pv(page))
@@ -262,21 +260,25 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
     ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
     yield from load_first_queries(items, warp)
     for page in (page for item in items for page in item):
+        stage = ring.stage
         for pair in range(scale.pairs):
             yield ring.full(f"right_full{pair}")
         if page.partial:
-            yield from zero_tail(page, ring.stage, "right", warp, scale)
+            yield from zero_tail(page, stage, "right", warp, scale)
         yield p_ring.full("p_full")
         if not page.first:
             yield Load(f"rescale_{p_ring.stage}.{warp}", p(page))
-        probabilities = holding(p(page), rope(p_ring.stage, scale))
-        yield Mma((*probabilities, *values(page, ring.stage, "right", scale)))
         if page.last:
             yield Load(f"inverse_sum_{p_ring.stage}.{warp}", p(page))
-        yield MmaWait(pv(page))
-        yield Arrive(f"rope_empty_{p_ring.stage}", pv(page))
-        yield Arrive(f"right_empty_{ring.stage}", pv(page))
+        yield Load(f"rope_{p_ring.stage}.{warp}", p(page))
+        yield Fence(p(page))
+        yield Arrive(f"rope_empty_{p_ring.stage}", p(page))
         ring.advance()
+        if not page.last:
+            yield ring.full("scores_done")
+        yield Mma(values(page, stage, "right", scale))
+        yield MmaWait(pv(page))
+        yield Arrive(f"right_empty_{stage}", pv(page))
         p_ring.advance()
 
 
@@ -313,5 +315,5 @@ def protocol(
         mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in ("left_empty", "rope_empty", "p_full")}
     for stage in range(scale.right_stages):
         mbarriers |= {f"right_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
-        mbarriers |= {f"right_empty_{stage}": scale.warps}
+        mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in ("right_empty", "scores_done")}
     return Protocol(programs, mbarriers, named_barriers={"left_group": scale.warps, "right_group": scale.warps})

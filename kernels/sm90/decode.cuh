@@ -238,8 +238,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     for (int page = item.page_begin; page < item.page_end; ++page) {
       const int stage = ring.stage;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
-      // The right side takes up the previous page now that S no longer needs the tensor cores.
-      if (!span.fresh && lane == 0) ptx::mbarrier_arrive(&shared.turn[stage ^ 1]);
+      // The right side takes up the previous page now.
+      if (lane == 0) ptx::mbarrier_arrive(&shared.scores_done[right_ring.stage]);
       if (final) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
         load_next_query(i + 1);
@@ -289,7 +289,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       }
       ptx::fence_async_proxy();
       ptx::mbarrier_arrive(&shared.p_full[stage]);
-      if (span_ends && lane == 0) ptx::mbarrier_arrive(&shared.turn[stage]);
 
       ring.advance();
       right_ring.advance();
@@ -376,10 +375,14 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) load_probabilities(shared.rope[p_ring.stage], k, p[k]);
-      // The next but one page's rope columns take the longest to be ready: their slot is freed first.
+      // The rope columns of the next page but one take this slot as soon as P is in registers. An
+      // arrival alone would overtake the loads.
+      ptx::fence_async_proxy();
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
-      ptx::mbarrier_wait(&shared.turn[p_ring.stage], p_ring.parity);
+      Ring<kRightStages> next = ring;
+      next.advance();
+      if (!span_ends) ptx::mbarrier_wait(&shared.scores_done[next.stage], next.parity);
       uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
       ptx::pin_registers(o);
       ptx::wgmma_fence();
@@ -393,7 +396,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       if (lane == 0) ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
-      ring.advance();
+      ring = next;
       p_ring.advance();
       if (kInvariant && span_ends) {
         end_leaf(a, item, length, row_begin, 1, final, leaf, span, o, result);
@@ -427,11 +430,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::mbarrier_init(&shared.rope_full[stage], 1);
       ptx::mbarrier_init(&shared.rope_empty[stage], 4);
       ptx::mbarrier_init(&shared.p_full[stage], 128);  // all that wrote P and the factors
-      ptx::mbarrier_init(&shared.turn[stage], 4);
     }
     for (int stage = 0; stage < kRightStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
       ptx::mbarrier_init(&shared.right_empty[stage], 4);
+      ptx::mbarrier_init(&shared.scores_done[stage], 4);
     }
     ptx::mbarrier_init_fence();
   }
