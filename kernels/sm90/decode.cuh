@@ -6,12 +6,12 @@
 //               warps 2-3 load the valid rows of Q (cp.async) as soon as the previous item has read
 //               its own; those of the first item the right side, which has nothing to do yet
 //   left        S = Q K^T, softmax, P to registers and shared memory, O[:, :256] += P V
-//   right       O[:, 256:] += P V with P from shared memory, while the left side is at the next
-//               page's softmax: so the tensor cores have work then
+//   right       takes P into registers at once; O[:, 256:] += P V while the left side is at the
+//               next page's softmax: so the tensor cores have work then
 //
 // That takes a third buffer for right halves; its room are three column tiles of Q that the left
-// side keeps in registers. P of a page takes the place of its rope columns, which nobody reads
-// after S.
+// side keeps in registers. P of a page goes from side to side by way of its rope columns, which
+// nobody reads after S.
 #pragma once
 
 #include "sm90/bounds.cuh"
@@ -264,8 +264,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       for (int k = 0; k < 4; ++k) {
         softmax.exponentiate<Element>(scores, k, a.scale_log2, p[k]);
         ptx::wgmma_fence();
-        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(p[k], v + k * ptx::kNextRows16,
-                                                                    o, k > 0 || !span.fresh);
+        ptx::mma<typename ptx::Wgmma<Element>::Values>(p[k], v + k * ptx::kNextRows16, o,
+                                                       k > 0 || !span.fresh);
         store_probabilities(shared.rope[stage], k, p[k]);
       }
       ptx::wgmma_commit();
@@ -383,13 +383,13 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       Ring<kRightStages> next = ring;
       next.advance();
       if (!span_ends) ptx::mbarrier_wait(&shared.scores_done[next.stage], next.parity);
-      uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
+      const uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
       ptx::pin_registers(o);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        ptx::mma<typename ptx::Wgmma<Element>::ValuesFromRegisters>(p[k], v + k * ptx::kNextRows16,
-                                                                    o, k > 0 || !span.fresh);
+        ptx::mma<typename ptx::Wgmma<Element>::Values>(p[k], v + k * ptx::kNextRows16, o,
+                                                       k > 0 || !span.fresh);
       }
       ptx::wgmma_commit();
       span.fresh = false;
