@@ -26,6 +26,8 @@ def run_child(
 ) -> int:
     """Runs `python -m arguments...` to its end, or kills it and all it started after `timeout_s`. Returns its code.
 
+    What ends this call early, Ctrl-C say, ends them too: no signal to us reaches them, who are a session of their own.
+
     environment: on top of ours. log: receives its output. progressed: what follows MARK in lines that begin with it.
     """
     with (
@@ -43,13 +45,16 @@ def run_child(
         watchdog = threading.Timer(timeout_s, os.killpg, (child.pid, signal.SIGKILL))
         watchdog.start()
         assert child.stdout is not None
-        for line in child.stdout:
-            copy.write(line)
-            if line.startswith(MARK):
-                progressed(line.removeprefix(MARK).strip())
-        code = child.wait()
-        watchdog.cancel()
-    return code
+        try:
+            for line in child.stdout:
+                copy.write(line)
+                if line.startswith(MARK):
+                    progressed(line.removeprefix(MARK).strip())
+            return child.wait()
+        finally:
+            watchdog.cancel()
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 def ask_child(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,13 @@ app.command()(steps)
 app.command()(serve)
 app.command()(offline)
 app.command()(soak)
+
+
+@app.callback()
+def end_what_runs() -> None:
+    """Asked to end, by `timeout` say, a command ends as by Ctrl-C: first what it has started."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
 
 GPU_DEFAULTS = {"heads": "16,32,64,128", "s_q": "1,2", "batch": "1,8,32,64,128", "lens": "1024,4096,8192,16384,32768"}
 CPU_DEFAULTS = {"heads": "16", "s_q": "1", "batch": "1,4", "lens": "256,1024"}

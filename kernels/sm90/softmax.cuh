@@ -54,8 +54,8 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 }
 
 // A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
-// is theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it is
-// of the request's own tokens.
+// is theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it
+// is of the request's own tokens.
 struct RowState {
   float anchor, sum;
 

@@ -191,7 +191,11 @@ def one_p_full_for_both_slots(name: str, steps: list[Step]) -> list[Step]:
     [
         (("1", "1"), hold_for_a_single_page, "stream_.* may still wait for phase 0 of q_full_0"),
         (("2",), read_factors(before="Wait p_full"), "right.*load expects p 1 in rescale_1"),
-        (("3", "1"), read_factors(after="Arrive rope_empty"), "store of p . overwrites .*(rescale|inverse_sum).* a load of right"),
+        (
+            ("3", "1"),
+            read_factors(after="Arrive rope_empty"),
+            "store of p . overwrites .*(rescale|inverse_sum).* a load of right",
+        ),
         (("3",), one_p_full_for_both_slots, "right.* may still wait for phase 0 of p_full_0"),
         (("5",), parity_that_never_flips("stream_left"), "stands for another phase"),
         (("5",), parity_that_never_flips("stream_right"), "stands for another phase"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,37 @@ def test_what_a_child_answered_before_it_failed_is_kept(tmp_path: Path, monkeypa
     assert ask_child("json.no_such_module", {}, {}, tmp_path / "log", 60, print)[0] is None
 
 
+STARTS_ANOTHER = """
+import subprocess, sys, time
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(f"@ {other.pid}", flush=True)
+time.sleep(60)
+"""
+
+
+def test_who_is_interrupted_ends_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_child.py").write_text(STARTS_ANOTHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    started: list[int] = []
+
+    def interrupted(what: str) -> None:
+        started.append(int(what))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_child("some_child", {}, {}, tmp_path / "log", 60, interrupted)
+    deadline = time.monotonic() + 10
+    while is_running(started[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(started[0])
+
+
+def is_running(process: int) -> bool:
+    """Not so of one that has ended, even if nobody has asked for its exit code yet."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def test_turns_are_pooled_and_another_backend_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ran(plan: Plan, turn: int, backend: str, progressed: object) -> tuple[Any, str | None]:
         impl = "flashmla_backend.Impl" if (turn, backend) != (2, OURS) else "vllm.Impl"
@@ -121,7 +153,11 @@ def test_turns_are_pooled_and_another_backend_is_noticed(tmp_path: Path, monkeyp
         return (answer, None) if backend == OURS else (None, "broke")
 
     monkeypatch.setattr(runs, "run_backend", ran)
-    results = runs.run(plan_of(tmp_path, turns=2), lambda done, of, what: None)
+    kept: list[int] = []
+    results = runs.run(
+        plan_of(tmp_path, turns=2), lambda done, of, what: None, lambda so_far: kept.append(len(so_far.notes))
+    )
+    assert kept == [0, 1, 2, 3], "after each process, with what is known by then"
     assert [(one["turn"], one["seconds"]) for one in results.rounds[OURS]] == [(1, 1), (1, 1)], "not those of another"
     assert results.notes == ["FLASHMLA, turn 1: broke", "FLASHMLA, turn 2: broke", "ours, turn 2: vllm.Impl answered"]
     assert results.batched_tokens == {OURS: 77}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +129,23 @@ def test_report(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["bench", "show", str(tmp_path / "steps.json")])
     assert shown.exit_code == 0, shown.output
     assert (tmp_path / "steps.png").stat().st_size > 10000
+
+
+def test_a_report_of_nobody_is_shown_without_a_plot(tmp_path: Path) -> None:
+    made = report.make(Results({}, ["ours: no memory"]), points.parse("64x512"), ["flashmla", "bench", "steps"], "abc")
+    (tmp_path / "steps.json").write_text(json.dumps(made))
+    shown = CliRunner().invoke(app, ["bench", "show", str(tmp_path / "steps.json")])
+    assert shown.exit_code == 0, shown.output
+    assert "no memory" in shown.output and not (tmp_path / "steps.png").exists()
+
+
+def test_a_command_that_is_asked_to_end_cleans_up_first(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        CliRunner().invoke(app, ["bench", "show", str(tmp_path / "none.json")])
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the handler runs between two lines, if not before the first
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM

@@ -63,7 +63,7 @@ def offline(
     from flashmla_backend import serve
     from flashmla_backend.bench import backends as known
     from flashmla_backend.bench.offline import report
-    from flashmla_backend.bench.offline.run import Plan, run
+    from flashmla_backend.bench.offline.run import Plan, Results, run
     from flashmla_backend.bench.provenance import write
 
     defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
@@ -85,11 +85,13 @@ def offline(
             logs=logs,
         )
         serve.check_vllm()
+
+        def report_of(results: Results) -> dict[str, Any]:
+            return report.make(results, plan, ["flashmla", *sys.argv[1:]], commit)
+
         with progress_bar() as report_progress:
-            results = run(plan, report_progress)
-    made = report.make(results, plan, ["flashmla", *sys.argv[1:]], commit)
-    write(made, output)
-    present(made, output)
+            results = run(plan, report_progress, lambda so_far: write(report_of(so_far), output))
+    present(report_of(results), output)
     if results.notes:
         raise typer.Exit(1)
 

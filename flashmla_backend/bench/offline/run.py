@@ -69,8 +69,9 @@ class Results:
     wall_s: float = 0.0
 
 
-def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results:
-    """Measure. `report_progress(done, of, what)` is called before each step of it."""
+def run(plan: Plan, report_progress: Callable[[int, int, str], None], keep: Callable[[Results], None]) -> Results:
+    """Measure. `report_progress(done, of, what)` is called before each step of it, `keep` after each process with the
+    results so far, which outlive a run that is cut short."""
     begin, results = time.monotonic(), Results()
     plan.logs.mkdir(parents=True, exist_ok=True)
     processes = plan.processes()
@@ -93,7 +94,8 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results
                 problem = problem or f"{answer['impl']} answered"
         if problem:
             results.notes.append(f"{backend}, turn {turn}: {problem}")
-    results.wall_s = time.monotonic() - begin
+        results.wall_s = time.monotonic() - begin
+        keep(results)
     return results
 
 

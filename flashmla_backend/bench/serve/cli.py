@@ -66,7 +66,7 @@ def serve(
     from flashmla_backend.bench.serve.engines import engine_named
     from flashmla_backend.bench.serve.loads import make_loads
     from flashmla_backend.bench.serve.plan import Plan
-    from flashmla_backend.bench.serve.run import run
+    from flashmla_backend.bench.serve.run import Results, run
 
     on_gpu = torch.cuda.is_available()
     defaults = ON_GPU if on_gpu else ON_CPU
@@ -91,11 +91,13 @@ def serve(
             logs=logs,
             server_arguments=shlex.split(server_arguments),
         )
+
+        def report_of(results: Results) -> dict[str, Any]:
+            return report.make(results, serving, plan, ["flashmla", *sys.argv[1:]], commit)
+
         with progress_bar() as report_progress:
-            results = run(serving, plan, report_progress)
-    made = report.make(results, serving, plan, ["flashmla", *sys.argv[1:]], commit)
-    write(made, output)
-    present(made, output)
+            results = run(serving, plan, report_progress, lambda so_far: write(report_of(so_far), output))
+    present(report_of(results), output)
     if results.notes:
         raise typer.Exit(1)
 

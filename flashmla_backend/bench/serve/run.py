@@ -27,8 +27,11 @@ class Results:
     wall_s: float = 0.0
 
 
-def run(engine: Engine, plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results:
-    """Measure. `report_progress(done, of, what)` is called before each step of it."""
+def run(
+    engine: Engine, plan: Plan, report_progress: Callable[[int, int, str], None], keep: Callable[[Results], None]
+) -> Results:
+    """Measure. `report_progress(done, of, what)` is called before each step of it, `keep` after each backend with the
+    results so far, which outlive a run that is cut short."""
     begin, results = time.monotonic(), Results()
     per_backend = len(plan.loads) + 1
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,7 +57,8 @@ def run(engine: Engine, plan: Plan, report_progress: Callable[[int, int, str], N
                     )
             except ServerFailed as failure:
                 results.notes.append(f"{backend}: {failure}")
-    results.wall_s = time.monotonic() - begin
+            results.wall_s = time.monotonic() - begin
+            keep(results)
     return results
 
 

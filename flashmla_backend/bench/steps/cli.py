@@ -46,7 +46,7 @@ def steps(
     from flashmla_backend.bench.provenance import write
     from flashmla_backend.bench.steps import points as batches
     from flashmla_backend.bench.steps import report
-    from flashmla_backend.bench.steps.run import Plan, run
+    from flashmla_backend.bench.steps.run import Plan, Results, run
 
     defaults = ON_GPU if torch.cuda.is_available() else ON_CPU
     with refusals():
@@ -56,11 +56,13 @@ def steps(
             batches.parse(points or defaults["points"]),
             *(dtype, warmup, windows, window, new_tokens, timeout, compiled, logs),
         )
+
+        def report_of(results: Results) -> dict[str, Any]:
+            return report.make(results, plan.points, ["flashmla", *sys.argv[1:]], commit)
+
         with progress_bar() as report_progress:
-            results = run(plan, report_progress)
-    made = report.make(results, plan.points, ["flashmla", *sys.argv[1:]], commit)
-    write(made, output)
-    present(made, output)
+            results = run(plan, report_progress, lambda so_far: write(report_of(so_far), output))
+    present(report_of(results), output)
     if results.notes:
         raise typer.Exit(1)
 
@@ -71,6 +73,8 @@ def present(made: dict[str, Any], path: Path) -> None:
     from flashmla_backend.errors import Unsupported
 
     show(report.table(made), report.lines(made), path)
+    if not made["rows"]:
+        return
     try:
         plot(made, path.with_suffix(".png"))
         out.print(f"plot: {path.with_suffix('.png')}", highlight=False)

@@ -43,8 +43,9 @@ class Results:
     wall_s: float = 0.0
 
 
-def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results:
-    """Measure. `report_progress(done, of, what)` is called before each step of it."""
+def run(plan: Plan, report_progress: Callable[[int, int, str], None], keep: Callable[[Results], None]) -> Results:
+    """Measure. `report_progress(done, of, what)` is called before each step of it, `keep` after each process with the
+    results so far, which outlive a run that is cut short."""
     begin = time.monotonic()
     results = Results()
     plan.logs.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,8 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None]) -> Results
             results.notes.append(f"{model}, {backend}: {problem}")
         if answer is not None:
             results.answers.setdefault(model, {})[backend] = answer
-    results.wall_s = time.monotonic() - begin
+        results.wall_s = time.monotonic() - begin
+        keep(results)
     return results
 
 
