@@ -84,6 +84,7 @@ def test_graphs_are_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine_arguments(False, [8, 4, 8]) == {"compilation_config": with_sizes}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert engine_arguments(False)["enforce_eager"]
+    assert engine_arguments(False)["kv_cache_memory_bytes"] <= 2**30, "or most of the machine's memory must be free"
 
 
 def test_steps_are_clocked_by_what_is_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
