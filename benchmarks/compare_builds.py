@@ -1,10 +1,11 @@
-"""Free and batch-invariant mode of several builds of this package, on one GPU, each in a process of its own.
+"""Several builds of this package beside each other, on one machine: each in processes of its own, taking turns.
 
-python benchmarks/compare_builds.py FOLDER [FOLDER ...] [--out builds.json]
+python benchmarks/compare_builds.py FOLDER FOLDER.. [--turns 3] [--each] [--out builds.json] [KERNEL_OPTIONS..]
 
-A folder holds a `flashmla_backend` with its compiled module. The table: what batch-invariant mode costs, geometric mean
-and greatest over the shapes of a line, and what free mode costs beside the first build's. Answers are checked before
-calls are timed: exit code 1 if a build gave wrong ones.
+A folder holds a `flashmla_backend` with its compiled module, as `pip install --no-deps --target FOLDER .` makes one.
+KERNEL_OPTIONS go to `flashmla bench kernels`, which checks answers before it times calls: shapes, --impls, --budget.
+A shape's time is the least of its turns. The table: what batch-invariant mode costs, geometric mean and greatest over
+the shapes of a line, and how long calls take beside the first build's. Exit code 1 if a build failed or answered wrong.
 """
 
 from __future__ import annotations
@@ -15,82 +16,117 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-HEADS, BATCHES, LENGTHS = (16, 64, 128), (1, 8, 32, 128), (1024, 4096, 16384, 32768)
-MANY_ROWS = (128,), (4,), (1, 8, 64), (4096, 16384)  # heads, s_q, batches, lengths: 8 row tiles
-KINDS = ("fixed", "var")
-SECONDS = 60  # for one build
-FREE, INVARIANT = "ours", "ours-invariant"
+from flashmla_backend.bench.contenders import INVARIANT, OURS
 
-Row = dict[str, Any]
+DEFAULTS = ["--heads=16,64,128", "--sq=1", "--batch=1,8,32,128", "--lens=1024,4096,16384,32768", "--budget=60"]
+RUN = """
+import sys
+from pathlib import Path
+import flashmla_backend
+if Path(flashmla_backend.__file__).resolve().parents[1] != Path.cwd():
+    sys.exit(f"{flashmla_backend.__file__} hides the build in {Path.cwd()}: uninstall it, if it is an editable one")
+from flashmla_backend.cli import app
+app()
+"""
 
-
-def measure(out: Path) -> None:
-    """The report of the build that is imported here."""
-    import torch
-
-    from flashmla_backend.bench import report
-    from flashmla_backend.bench.problems import grid
-    from flashmla_backend.bench.run import run
-
-    shapes = grid(HEADS, (1,), BATCHES, LENGTHS, KINDS) + grid(*MANY_ROWS, KINDS)
-    results = run(shapes, [FREE, INVARIANT], torch.device("cuda"), SECONDS, lambda done, of, what: None)
-    made = report.make(results, sys.argv, None)
-    out.write_text(json.dumps({**made, "wrong": sorted(results.wrong())}))
+Shape = tuple[Any, ...]  # heads, s_q, batch, tokens, kind
+Times = dict[Shape, dict[str, float]]  # -> microseconds by contender
 
 
-def measure_build(folder: Path, out: Path) -> Row:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, __file__, "--measure", str(out)]
-    subprocess.run(command, env=environment, check=True, timeout=4 * SECONDS)
-    made: Row = json.loads(out.read_text())
-    out.unlink()
-    return made
+def measure(folder: Path, options: list[str]) -> tuple[Times, int]:
+    """What this build takes, and the exit code of who measured it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "kernels.json"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-c", RUN, "bench", "kernels", *options, "--out", str(out)]
+        # In the folder, since Python looks where it runs first.
+        done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
+        rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    names = OURS, INVARIANT
+    return {
+        tuple(row[name] for name in ("h", "s", "b", "len", "kind")): {
+            name: row[name]["us"] for name in names if name in row
+        }
+        for row in rows
+    }, done.returncode
 
 
-def family(row: Row) -> str:
-    rows = row["h"] * row["s"]
-    return f"b {'= 1' if row['b'] == 1 else '>= 8'}, {rows} rows"
+def take_in(best: Times, turn: Times) -> None:
+    """Keep the least of each."""
+    for shape, by_name in turn.items():
+        mine = best.setdefault(shape, {})
+        mine |= {name: min(us, mine.get(name, us)) for name, us in by_name.items()}
 
 
-def key(row: Row) -> tuple[object, ...]:
-    return tuple(row[name] for name in ("h", "s", "b", "len", "kind"))
+def family(shape: Shape) -> str:
+    heads, s_q, batch, _, _ = shape
+    return f"b {'= 1' if batch == 1 else '>= 8' if batch >= 8 else '< 8'}, {heads * s_q} rows"
 
 
-def print_table(made: dict[str, Row]) -> None:
-    first = {key(row): row for row in next(iter(made.values()))["rows"]}
-    print(f"{'build':12} {'shapes':14} {'cost of the mode':>16} {'worst':>6} {'free mode':>10}")
-    for name, report in made.items():
-        rows = [row for row in report["rows"] if FREE in row and INVARIANT in row]
-        for shapes in sorted({family(row) for row in rows}):
-            own = [row for row in rows if family(row) == shapes]
-            costs = [row[INVARIANT]["us"] / row[FREE]["us"] for row in own]
-            free = [row[FREE]["us"] / first[key(row)][FREE]["us"] for row in own if FREE in first.get(key(row), {})]
-            free_mean = statistics.geometric_mean(free) if free else float("nan")
-            print(f"{name:12} {shapes:14} {statistics.geometric_mean(costs):16.3f} {max(costs):6.2f} {free_mean:10.3f}")
+def ratios(times: Times, name: str, than: Times, than_name: str, of: str) -> list[float]:
+    return [
+        by_name[name] / than[shape][than_name]
+        for shape, by_name in times.items()
+        if family(shape) == of and name in by_name and than_name in than.get(shape, {})
+    ]
+
+
+def print_table(made: dict[str, Times]) -> None:
+    first = next(iter(made.values()))
+    print(f"{'build':12} {'shapes':16} {'cost of the mode':>17} {'free mode':>22} {'batch-invariant':>22}")
+    for build, times in made.items():
+        for shapes in sorted(set(map(family, times))):
+            costs = ratios(times, INVARIANT, times, OURS, shapes)
+            cells = [f"{statistics.geometric_mean(costs):.3f} <= {max(costs):.2f}" if costs else "-"]
+            for name in (OURS, INVARIANT):
+                beside = ratios(times, name, first, name, shapes)
+                mean = statistics.geometric_mean(beside) if beside else 0.0
+                cells.append(f"{mean:.3f} ({min(beside):.2f} .. {max(beside):.2f})" if beside else "-")
+            print(f"{build:12} {shapes:16} {cells[0]:>17} {cells[1]:>22} {cells[2]:>22}")
+
+
+def print_each(made: dict[str, Times]) -> None:
+    print("microseconds of a call: " + ", ".join(made))
+    for shape in next(iter(made.values())):
+        for name in (OURS, INVARIANT):
+            cells = [f"{times[shape][name]:10.2f}" for times in made.values() if name in times.get(shape, {})]
+            if cells:
+                print(f"{' '.join(map(str, shape)):26} {name:15}" + "".join(cells))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare builds: what batch-invariant mode costs in each.")
-    parser.add_argument("builds", type=Path, nargs="*", help="folders that hold a built flashmla_backend")
-    parser.add_argument("--out", type=Path, default=Path("builds.json"), help="write the reports as JSON")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        measure(arguments.measure)
-        return 0
-    made: dict[str, Row] = {}
-    for folder in arguments.builds:
-        made[folder.name] = measure_build(folder, arguments.out.with_suffix(".part"))
-        arguments.out.write_text(json.dumps(made, indent=1))
-    for name, report in made.items():
-        for note in report["notes"]:
-            print(f"{name}: {note}")
-    if made:
+    parser = argparse.ArgumentParser(description="Compare builds; other options go to `flashmla bench kernels`.")
+    parser.add_argument("builds", type=Path, nargs="+", help="folders that hold a built flashmla_backend")
+    parser.add_argument("--turns", type=int, default=2, help="processes of each build")
+    parser.add_argument("--each", action="store_true", help="print every shape, too")
+    parser.add_argument("--out", type=Path, help="write the times of every turn as JSON")
+    arguments, options = parser.parse_known_args()
+    options = [
+        f"--impls={OURS},{INVARIANT}",
+        *(options or DEFAULTS),
+    ]  # of an option that is given twice the last counts
+    made: dict[str, Times] = {folder.name: {} for folder in arguments.builds}
+    kept: list[dict[str, Any]] = []
+    failed = False
+    for turn in range(1, arguments.turns + 1):
+        for folder in arguments.builds:
+            times, code = measure(folder.resolve(), options)
+            if code:
+                print(f"{folder.name}, turn {turn}: exit code {code}", flush=True)
+                failed = True
+            take_in(made[folder.name], times)
+            kept.append({"build": folder.name, "turn": turn, "us": [[*shape, us] for shape, us in times.items()]})
+            if arguments.out:
+                arguments.out.write_text(json.dumps(kept, indent=1))
+        print(f"after turn {turn} of {arguments.turns}")
         print_table(made)
-    return int(any(report["wrong"] for report in made.values()))
+    if arguments.each:
+        print_each(made)
+    return int(failed)
 
 
 if __name__ == "__main__":
