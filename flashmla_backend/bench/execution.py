@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-
 KV_CACHE_BYTES = 1 << 30  # on the CPU, where vLLM would else ask for nearly all memory of a NUMA node to be free
 
 
