@@ -4,8 +4,9 @@ python benchmarks/compare_builds.py FOLDER FOLDER.. [--turns 3] [--each] [--out 
 
 A folder holds a `flashmla_backend` with its compiled module, as `pip install --no-deps --target FOLDER .` makes one.
 KERNEL_OPTIONS go to `flashmla bench kernels`, which checks answers before it times calls: shapes, --impls, --budget.
-A shape's time is the least of its turns. The table: what batch-invariant mode costs, geometric mean and greatest over
-the shapes of a line, and how long calls take beside the first build's. Exit code 1 if a build failed or answered wrong.
+A shape's time is the least of its turns. The table: what batch-invariant mode costs, and how long calls take beside the
+first build's; geometric mean, least and greatest over the shapes of a line. Exit code 1 if a build failed or answered
+wrong.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flashmla_backend.bench.contenders import INVARIANT, OURS
-
-DEFAULTS = ["--heads=16,64,128", "--sq=1", "--batch=1,8,32,128", "--lens=1024,4096,16384,32768", "--budget=60"]
+FREE, INVARIANT = "ours", "ours-invariant"  # as every build calls them: this one need not be installed
+DEFAULTS = ["--heads=16,64,128", "--sq=1,4", "--batch=1,8,32,128", "--lens=1024,4096,16384,32768", "--budget=60"]
 RUN = """
 import sys
 from pathlib import Path
@@ -37,22 +37,20 @@ Shape = tuple[Any, ...]  # heads, s_q, batch, tokens, kind
 Times = dict[Shape, dict[str, float]]  # -> microseconds by contender
 
 
-def measure(folder: Path, options: list[str]) -> tuple[Times, int]:
-    """What this build takes, and the exit code of who measured it."""
+def measure(folder: Path, options: list[str], timeout_s: float) -> tuple[Times, int]:
+    """What this build takes, and the exit code of who measured it. Raises TimeoutExpired."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "kernels.json"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-c", RUN, "bench", "kernels", *options, "--out", str(out)]
         # In the folder, since Python looks where it runs first.
-        done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, timeout=timeout_s)
         rows = json.loads(out.read_text())["rows"] if out.exists() else []
-    names = OURS, INVARIANT
-    return {
-        tuple(row[name] for name in ("h", "s", "b", "len", "kind")): {
-            name: row[name]["us"] for name in names if name in row
-        }
-        for row in rows
-    }, done.returncode
+    times = {}
+    for row in rows:
+        shape = tuple(row[name] for name in ("h", "s", "b", "len", "kind"))
+        times[shape] = {name: row[name]["us"] for name in (FREE, INVARIANT) if name in row}
+    return times, done.returncode
 
 
 def take_in(best: Times, turn: Times) -> None:
@@ -75,24 +73,25 @@ def ratios(times: Times, name: str, than: Times, than_name: str, of: str) -> lis
     ]
 
 
+def spread(values: list[float]) -> str:
+    """Geometric mean, least and greatest."""
+    return f"{statistics.geometric_mean(values):.3f} ({min(values):.2f} .. {max(values):.2f})" if values else "-"
+
+
 def print_table(made: dict[str, Times]) -> None:
     first = next(iter(made.values()))
-    print(f"{'build':12} {'shapes':16} {'cost of the mode':>17} {'free mode':>22} {'batch-invariant':>22}")
+    print(f"{'build':12} {'shapes':16} {'cost of the mode':>22} {'free mode':>22} {'batch-invariant':>22}")
     for build, times in made.items():
         for shapes in sorted(set(map(family, times))):
-            costs = ratios(times, INVARIANT, times, OURS, shapes)
-            cells = [f"{statistics.geometric_mean(costs):.3f} <= {max(costs):.2f}" if costs else "-"]
-            for name in (OURS, INVARIANT):
-                beside = ratios(times, name, first, name, shapes)
-                mean = statistics.geometric_mean(beside) if beside else 0.0
-                cells.append(f"{mean:.3f} ({min(beside):.2f} .. {max(beside):.2f})" if beside else "-")
-            print(f"{build:12} {shapes:16} {cells[0]:>17} {cells[1]:>22} {cells[2]:>22}")
+            cost = spread(ratios(times, INVARIANT, times, FREE, shapes))
+            free, invariant = (spread(ratios(times, name, first, name, shapes)) for name in (FREE, INVARIANT))
+            print(f"{build:12} {shapes:16} {cost:>22} {free:>22} {invariant:>22}")
 
 
 def print_each(made: dict[str, Times]) -> None:
     print("microseconds of a call: " + ", ".join(made))
     for shape in next(iter(made.values())):
-        for name in (OURS, INVARIANT):
+        for name in (FREE, INVARIANT):
             cells = [f"{times[shape][name]:10.2f}" for times in made.values() if name in times.get(shape, {})]
             if cells:
                 print(f"{' '.join(map(str, shape)):26} {name:15}" + "".join(cells))
@@ -103,18 +102,17 @@ def main() -> int:
     parser.add_argument("builds", type=Path, nargs="+", help="folders that hold a built flashmla_backend")
     parser.add_argument("--turns", type=int, default=2, help="processes of each build")
     parser.add_argument("--each", action="store_true", help="print every shape, too")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one process")
     parser.add_argument("--out", type=Path, help="write the times of every turn as JSON")
     arguments, options = parser.parse_known_args()
-    options = [
-        f"--impls={OURS},{INVARIANT}",
-        *(options or DEFAULTS),
-    ]  # of an option that is given twice the last counts
+    # Of an option that is given twice the last counts.
+    options = [f"--impls={FREE},{INVARIANT}", *(options or DEFAULTS)]
     made: dict[str, Times] = {folder.name: {} for folder in arguments.builds}
     kept: list[dict[str, Any]] = []
     failed = False
     for turn in range(1, arguments.turns + 1):
         for folder in arguments.builds:
-            times, code = measure(folder.resolve(), options)
+            times, code = measure(folder.resolve(), options, arguments.timeout)
             if code:
                 print(f"{folder.name}, turn {turn}: exit code {code}", flush=True)
                 failed = True

@@ -12,8 +12,7 @@ from flashmla_backend.bench.offline.child import work
 from flashmla_backend.bench.offline.clock import StepClock
 
 
-def test_a_job_of_mixed_steps(bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+def test_a_job_of_mixed_steps(bench: Callable[..., dict[str, Any]]) -> None:
     job = {"prompts": 6, "input_tokens": 70, "output_tokens": 8, "spread": 0}
     made = bench("offline", **job, at_once=3, batched_tokens=24, rounds=2)
     assert made["impls"]["ours"].startswith("flashmla_backend.") and made["batched_tokens"] == {"ours": 24}

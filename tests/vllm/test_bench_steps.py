@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 
-
-def test_two_backends_side_by_side(bench: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+def test_two_backends_side_by_side(bench: Callable[..., dict[str, Any]]) -> None:
     measured = {"backends": "ours,CPU_MLA", "points": "2x100,1x130+1x64", "dtype": "float32"}
     made = bench("steps", **measured, warmup=1, windows=2, window=2, new_tokens=4)
     assert made["impls"]["tiny"]["ours"].startswith("flashmla_backend.")
