@@ -9,14 +9,15 @@ loads may be overtaken by an arrival, until a fence or an MMA that needs the reg
 
 `explore` raises `Violation` when something goes wrong in any order, with the steps that lead there. Programs take turns
 after arrivals and before waits only: between these they do nothing that lets another one go on, so a conflict with
-another one shows in one of the orders that are left.
+another one shows in one of the orders that are left. Where these are too many, `sample` runs some of them.
 """
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Label = str  # "k 3": K of page 3
@@ -105,11 +106,13 @@ ENDS_TURN = (Arrive, BarArrive)
 
 @dataclass(frozen=True)
 class Protocol:
-    """What runs: programs by name, and how many arrivals complete a barrier."""
+    """What runs: programs by name, and how many arrivals complete a barrier; and of mbarriers in the shared memory of a
+    thread block that may end before others have, the programs of that block."""
 
     programs: Mapping[str, Sequence[Step]]
     mbarriers: Mapping[str, int]
     named_barriers: Mapping[str, int]
+    block_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 IN_FLIGHT: Label = "a copy in flight"
@@ -156,6 +159,13 @@ def explore(protocol: Protocol) -> int:
     return _Machine(protocol).explore()
 
 
+def sample(protocol: Protocol, walks: int, seed: int = 0) -> None:
+    """Run that many orders, each drawn at random. Raises Violation."""
+    order = random.Random(seed)
+    for _ in range(walks):
+        _Machine(protocol).walk(order)
+
+
 class _Machine:
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
@@ -163,7 +173,6 @@ class _Machine:
 
     def explore(self) -> int:
         start = self._start()
-        self._settle(start)
         first = start.key()
         origin: Origin = {first: None}
         queue = deque([(first, start)])
@@ -171,7 +180,8 @@ class _Machine:
             key, state = queue.popleft()
             moves = 0
             try:
-                for move, successor in self._moves(state):
+                for choice in self._choices(state):
+                    move, successor = self._after(state, choice)
                     moves += 1
                     successor_key = successor.key()
                     if successor_key not in origin:
@@ -183,9 +193,23 @@ class _Machine:
                 raise Violation(f"{violation}\nafter:\n  " + "\n  ".join(_trail(origin, key))) from None
         return len(origin)
 
+    def walk(self, order: random.Random) -> None:
+        state = self._start()
+        # Some are far quicker than others, or all would always be about as far as each other.
+        pace: dict[str | Copy, float] = {}
+        moves: list[str] = []
+        try:
+            while choices := self._choices(state):
+                paces = [pace.setdefault(choice, 10 ** order.uniform(-3, 0)) for choice in choices]
+                move, state = self._after(state, order.choices(choices, paces)[0])
+                moves.append(move)
+            self._check_end(state)
+        except Violation as violation:
+            raise Violation(f"{violation}\nafter:\n  " + "\n  ".join(moves)) from None
+
     def _start(self) -> State:
         mbarriers = self.protocol.mbarriers
-        return State(
+        start = State(
             at=dict.fromkeys(self.programs, 0),
             memory=dict.fromkeys(sorted({r for steps in self.programs.values() for s in steps for r in _regions(s)})),
             phases=dict.fromkeys(mbarriers, 0),
@@ -194,26 +218,32 @@ class _Machine:
             loading=dict.fromkeys(self.programs, frozenset()),
             unfenced=dict.fromkeys(self.programs, frozenset()),
         )
+        self._settle(start)
+        return start
 
-    def _moves(self, state: State) -> Iterator[tuple[str, State]]:
-        for name, steps in self.programs.items():
-            begin = state.at[name]
-            if begin == len(steps) or isinstance(steps[begin], WAITS):
-                continue
-            successor = state.copy()
-            turn = _turn(steps, begin)
+    def _choices(self, state: State) -> list[str | Copy]:
+        """Programs that can take a turn, and copies that can complete."""
+        at = state.at
+        can_go = [n for n, steps in self.programs.items() if at[n] < len(steps) and not isinstance(steps[at[n]], WAITS)]
+        return [*can_go, *sorted(state.copies, key=lambda copy: (copy.barrier, copy.regions))]
+
+    def _after(self, state: State, choice: str | Copy) -> tuple[str, State]:
+        """What that does, and the next moment."""
+        successor = state.copy()
+        if isinstance(choice, Copy):
+            what = f"copy of {choice.label} into {choice.regions}"
+            move = f"{what} completes"
+            successor.copies = state.copies - {choice}
+            successor.memory.update(dict.fromkeys(choice.regions, choice.label))
+            self._arrive(successor, what, choice.barrier, choice.label)
+        else:
+            turn = _turn(self.programs[choice], state.at[choice])
+            move = f"{choice}: {'; '.join(map(str, turn))}"
             for step in turn:
-                self._perform(successor, name, step)
-            successor.at[name] += len(turn)
-            self._settle(successor)
-            yield f"{name}: {'; '.join(map(str, turn))}", successor
-        for copy in state.copies:
-            successor = state.copy()
-            successor.copies = state.copies - {copy}
-            successor.memory.update(dict.fromkeys(copy.regions, copy.label))
-            self._arrive(successor, f"copy of {copy.label}", copy.barrier, copy.label)
-            self._settle(successor)
-            yield f"copy of {copy.label} into {copy.regions} completes", successor
+                self._perform(successor, choice, step)
+            successor.at[choice] += len(turn)
+        self._settle(successor)
+        return move, successor
 
     def _perform(self, state: State, name: str, step: Step) -> None:
         match step:
@@ -280,6 +310,9 @@ class _Machine:
         return passes
 
     def _arrive(self, state: State, name: str, barrier: str, label: Label) -> None:
+        block = self.protocol.block_of.get(barrier)
+        if block and all(state.at[other] == len(self.programs[other]) for other in block):
+            raise Violation(f"{name} arrives at {barrier} for {label}, and the thread block that it lies in has ended")
         if self._round_completes(state, name, barrier, label, self.protocol.mbarriers[barrier]):
             state.phases[barrier] += 1
             self._check_overrun(state, barrier)

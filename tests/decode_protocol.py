@@ -3,13 +3,16 @@
 Each role below is the kernel's function of that name with everything but synchronisation and shared memory left out.
 What the kernel has four or two of is modelled once or twice, as `Scale` says: enough for warps that drift apart and for
 tiles that arrive out of turn. A warp is one program: the compiler lets its lanes meet again after every wait. A copy is
-whatever completes on one barrier together: with small pages two or four boxes of each tile.
+whatever completes on one barrier together: with small pages two or four boxes of each tile. With several thread blocks,
+a cluster, each runs all roles, and `placed` says what of a role's steps reaches the others.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from tests.barrier_machine import (
     Arrive,
@@ -37,6 +40,7 @@ class Scale:
     pairs: int  # of column tiles, each with a barrier, in either half of a page; the kernel has 2
     left_stages: int = 2  # for left halves, rope tiles and P
     right_stages: int = 3
+    blocks: int = 1  # of a cluster, which read the same pages; the kernel has 1 or 2
 
 
 @dataclass
@@ -117,7 +121,16 @@ def pv(page: Page) -> Label:
 
 def tails(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:
     """Rows past the length of a partial page, in the shares of the warps that zero them. S may read anything there."""
-    return tuple(f"{side}_tail{pair}_{stage}.{w}" for w in range(scale.warps))
+    return tuple(tail for loader in range(scale.blocks) for tail in tails_of_tile(side, pair, stage, loader, scale))
+
+
+def tails_of_tile(side: str, pair: int, stage: int, loader: int, scale: Scale) -> tuple[str, ...]:
+    return tuple(f"{side}_tail{pair}{loader}_{stage}.{w}" for w in range(scale.warps))
+
+
+def tiles(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:
+    """A pair of column tiles, in as many parts as there are blocks that load it."""
+    return tuple(f"{side}{pair}{loader}_{stage}" for loader in range(scale.blocks))
 
 
 def rope(stage: int, scale: Scale) -> tuple[str, ...]:
@@ -133,7 +146,7 @@ def values(page: Page, stage: int, side: str, scale: Scale) -> Reads:
     tail = zero(page) if page.partial else k(page)
     reads: Reads = ()
     for pair in range(scale.pairs):
-        reads += ((f"{side}{pair}_{stage}", k(page)), *holding(tail, tails(side, pair, stage, scale)))
+        reads += holding(k(page), tiles(side, pair, stage, scale)) + holding(tail, tails(side, pair, stage, scale))
     return reads
 
 
@@ -144,36 +157,67 @@ def waits_for_queries(items: Sequence[Item]) -> bool:
     return bool(items) and len(items[0]) > 1
 
 
-def stream_half(page: Page, ring: Ring, side: str, scale: Scale) -> Iterator[Step]:
+def stream_half(page: Page, ring: Ring, side: str, scale: Scale, block: int) -> Iterator[Step]:
     stage = ring.stage
     yield ring.empty(f"{side}_empty")
     for pair in range(scale.pairs):
-        regions = (f"{side}{pair}_{stage}", *tails(side, pair, stage, scale))
-        yield Copy(regions, k(page), f"{side}_full{pair}_{stage}")
+        full = f"{side}_full{pair}_{stage}"
+        yield from expect(full, page, scale)
+        tile = tiles(side, pair, stage, scale)[block]
+        yield Copy((tile, *tails_of_tile(side, pair, stage, block, scale)), k(page), full)
 
 
-def stream_left(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
+def expect(full: str, page: Page, scale: Scale) -> Iterator[Step]:
+    """What a block does on its own barrier before all blocks' bytes of the page complete there; if they are its own
+    alone they cannot come before, and this goes without saying."""
+    if scale.blocks > 1:
+        yield Arrive(full, k(page))
+
+
+def loads_rope(block: int, stage: int, scale: Scale) -> bool:
+    """One block waits for a slot of all blocks and loads for all."""
+    return stage % scale.blocks == block
+
+
+def wait_until_empty(ring: Ring, barrier: str, own_stages: Sequence[int], scale: Scale) -> Iterator[Step]:
+    """After the last page."""
+    rest = replace(ring)
+    for _ in range(rest.stages if scale.blocks > 1 else 0):
+        if rest.round > 0 and rest.stage in own_stages:  # else nothing was ever loaded there, or not by this block
+            yield rest.empty(barrier)
+        rest.advance()
+
+
+def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
     ring = Ring(scale.left_stages)
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
-        yield from stream_half(page, ring, "left", scale)
-        yield ring.empty("rope_empty")
-        yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
+        yield from stream_half(page, ring, "left", scale, block)
+        loads = loads_rope(block, ring.stage, scale)
+        if loads:
+            yield ring.empty("rope_empty")
+        yield from expect(f"rope_full_{ring.stage}", page, scale)
+        if loads:
+            yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
         if hold:
             yield Wait("q_full_0", parity=0, round=0)
         hold = False
         ring.advance()
+    yield from wait_until_empty(ring, "left_empty", range(scale.left_stages), scale)
+    own = [stage for stage in range(scale.left_stages) if loads_rope(block, stage, scale)]
+    yield from wait_until_empty(ring, "rope_empty", own, scale)
 
 
-def stream_right(items: Sequence[Item], scale: Scale) -> Iterator[Step]:
+def stream_right(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
     ring = Ring(scale.right_stages)
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
-        yield from stream_half(page, ring, "right", scale)
+        yield from stream_half(page, ring, "right", scale, block)
         if hold:
             yield Wait("q_full_0", parity=0, round=0)
         hold = False
         ring.advance()
+    yield from wait_until_empty(ring, "right_empty", range(scale.right_stages), scale)
 
 
 def load_queries(index: int, warp: int) -> Iterator[Step]:
@@ -203,7 +247,8 @@ def stream_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
 
 
 def zero_tail(page: Page, stage: int, side: str, warp: int, scale: Scale) -> Iterator[Step]:
-    yield Store(tuple(tails(side, pair, stage, scale)[warp] for pair in range(scale.pairs)), zero(page))
+    parts = product(range(scale.pairs), range(scale.blocks))
+    yield Store(tuple(tails_of_tile(side, pair, stage, loader, scale)[warp] for pair, loader in parts), zero(page))
     yield Fence(zero(page))
     yield from sync(f"{side}_group", zero(page))
 
@@ -218,7 +263,7 @@ def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Sc
     for side, half in ("left", ring), ("right", right_ring):
         for pair in range(scale.pairs):
             yield half.full(f"{side}_full{pair}")
-            yield Mma((*query, (f"{side}{pair}_{half.stage}", k(page))))
+            yield Mma((*query, *holding(k(page), tiles(side, pair, half.stage, scale))))
     yield ring.full("rope_full")
     yield Mma((*query, *holding(k(page), rope(ring.stage, scale))))
 
@@ -265,6 +310,8 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             yield ring.full(f"right_full{pair}")
         if page.partial:
             yield from zero_tail(page, stage, "right", warp, scale)
+        if page.first:
+            yield ring.full("scores_done")
         yield p_ring.full("p_full")
         if not page.first:
             yield Load(f"rescale_{p_ring.stage}.{warp}", p(page))
@@ -295,25 +342,74 @@ def protocol(
     """The kernel's protocol over these items. `edit` may break a role's steps, `scale_of` give a role other rings."""
     items = make_items(work)
     other = scale_of or {}
+    programs: dict[str, list[Step]] = {}
+    mbarriers: dict[str, int] = {}
+    block_of: dict[str, tuple[str, ...]] = {}
+    for block in range(scale.blocks):
 
-    def program(role: str, steps: Iterator[Step]) -> list[Step]:
-        return edit(role, list(steps))
+        def add(name: str, role: str, steps: Iterator[Step], block: int = block) -> None:
+            edited = edit(role, list(steps))
+            programs[on(block, name, scale)] = [one for step in edited for one in placed(step, block, scale)]
 
-    programs = {
-        "stream_left": program("stream_left", stream_left(items, other.get("stream_left", scale))),
-        "stream_right": program("stream_right", stream_right(items, other.get("stream_right", scale))),
+        add("stream_left", "stream_left", stream_left(items, other.get("stream_left", scale), block))
+        add("stream_right", "stream_right", stream_right(items, other.get("stream_right", scale), block))
+        for w in range(scale.warps):
+            add(f"queries.{w}", "queries", stream_queries(items, w))
+            add(f"left.{w}", "left", run_left(items, w, other.get("left", scale)))
+            add(f"right.{w}", "right", run_right(items, w, other.get("right", scale)))
+        own = {on(block, barrier, scale): arrivals for barrier, arrivals in mbarriers_of_block(scale).items()}
+        mbarriers |= own
+        block_of |= dict.fromkeys(own, tuple(name for name in programs if name.endswith(on(block, "", scale))))
+    groups = {
+        on(block, f"{side}_group", scale): scale.warps for side in ("left", "right") for block in range(scale.blocks)
     }
-    for w in range(scale.warps):
-        programs[f"queries.{w}"] = program("queries", stream_queries(items, w))
-        programs[f"left.{w}"] = program("left", run_left(items, w, other.get("left", scale)))
-        programs[f"right.{w}"] = program("right", run_right(items, w, other.get("right", scale)))
+    return Protocol(programs, mbarriers, groups, block_of)
 
+
+def mbarriers_of_block(scale: Scale) -> dict[str, int]:
+    """And how many arrivals complete a phase."""
+    releases = scale.warps * scale.blocks
+    own_expect = 1 if scale.blocks > 1 else 0
     mbarriers = {"q_full_0": scale.warps, "q_empty_0": scale.warps}
     for stage in range(scale.left_stages):
-        mbarriers |= {f"left_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
-        mbarriers |= {f"rope_full_{stage}": 1}
-        mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in ("left_empty", "rope_empty", "p_full")}
+        mbarriers |= {f"left_full{pair}_{stage}": own_expect + scale.blocks for pair in range(scale.pairs)}
+        mbarriers |= {f"rope_full_{stage}": own_expect + 1, f"p_full_{stage}": scale.warps}
+        mbarriers |= {f"{barrier}_{stage}": releases for barrier in ("left_empty", "rope_empty")}
     for stage in range(scale.right_stages):
-        mbarriers |= {f"right_full{pair}_{stage}": 1 for pair in range(scale.pairs)}
-        mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in ("right_empty", "scores_done")}
-    return Protocol(programs, mbarriers, named_barriers={"left_group": scale.warps, "right_group": scale.warps})
+        mbarriers |= {f"right_full{pair}_{stage}": own_expect + scale.blocks for pair in range(scale.pairs)}
+        mbarriers |= {f"right_empty_{stage}": releases, f"scores_done_{stage}": scale.warps}
+    return mbarriers
+
+
+# --- Where it all lies, with several blocks.
+
+
+def on(block: int, name: str, scale: Scale) -> str:
+    return f"{name}@{block}" if scale.blocks > 1 else name
+
+
+def placed(step: Step, block: int, scale: Scale) -> Iterator[Step]:
+    """A step of this block's: copies go to all blocks, and releases of a slot to all that fill some of it."""
+
+    def all_on(names: Sequence[str], target: int) -> tuple[str, ...]:
+        return tuple(on(target, name, scale) for name in names)
+
+    match step:
+        case Copy(regions, label, barrier):
+            for target in range(scale.blocks):
+                yield Copy(all_on(regions, target), label, on(target, barrier, scale))
+        case Arrive(barrier, label) if barrier.startswith("rope_empty"):
+            yield Arrive(on(int(barrier[-1]) % scale.blocks, barrier, scale), label)
+        case Arrive(barrier, label) if re.match("(left|right)_empty", barrier):
+            for target in range(scale.blocks):
+                yield Arrive(on(target, barrier, scale), label)
+        case Store(regions, label):
+            yield Store(all_on(regions, block), label)
+        case Load(region, label):
+            yield Load(on(block, region, scale), label)
+        case Mma(reads):
+            yield Mma(tuple((on(block, region, scale), label) for region, label in reads))
+        case Wait() | Arrive() | BarArrive() | BarWait():
+            yield step._replace(barrier=on(block, step.barrier, scale))
+        case _:
+            yield step

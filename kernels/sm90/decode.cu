@@ -50,6 +50,8 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, int box_tokens, CUt
   return FLASHMLA_OK;
 }
 
+int row_tiles_of(const DecodeArguments& a) { return (a.rows + kTileRows - 1) / kTileRows; }
+
 template <typename Element, bool kInvariant>
 cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArguments& arguments) {
   constexpr int kSms = 132;
@@ -67,18 +69,19 @@ cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArgument
   }
 }
 
-template <typename Element, bool kInvariant>
+template <typename Element, bool kInvariant, int kClusterSize>
 flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
                        int device) {
   constexpr size_t kSharedBytes =
       sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
   static std::atomic<uint64_t> allowed{0};
-  const auto decode = decode_kernel<Element, kInvariant>;
+  const auto decode = decode_kernel<Element, kInvariant, kClusterSize>;
   if (const flashmla_status status = allow_shared_memory(reinterpret_cast<const void*>(decode),
                                                          kSharedBytes, device, &allowed))
     return status;
-  const dim3 grid((arguments.rows + kTileRows - 1) / kTileRows, p.h_kv, p.num_parts);
-  cudaError_t error = launch_dependent(decode, grid, kThreads, kSharedBytes, p.stream, arguments);
+  const dim3 grid(row_tiles_of(arguments), p.h_kv, p.num_parts);
+  cudaError_t error =
+      launch_dependent(decode, grid, kThreads, kSharedBytes, p.stream, arguments, kClusterSize);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
   error = launch_combine<Element, kInvariant>(p, arguments);
@@ -133,10 +136,17 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  const auto launch_mode = [&](auto invariant) {
+  const auto launch_as = [&](auto invariant, auto cluster_size) {
     constexpr bool kInvariant = decltype(invariant)::value;
-    return p.dtype == FLASHMLA_BF16 ? launch<__nv_bfloat16, kInvariant>(p, arguments, device)
-                                    : launch<__half, kInvariant>(p, arguments, device);
+    constexpr int kClusterSize = decltype(cluster_size)::value;
+    return p.dtype == FLASHMLA_BF16
+               ? launch<__nv_bfloat16, kInvariant, kClusterSize>(p, arguments, device)
+               : launch<__half, kInvariant, kClusterSize>(p, arguments, device);
+  };
+  const auto launch_mode = [&](auto invariant) {
+    return row_tiles_of(arguments) % 2 == 0
+               ? launch_as(invariant, std::integral_constant<int, 2>{})
+               : launch_as(invariant, std::integral_constant<int, 1>{});
   };
   return p.max_leaves == 0 ? launch_mode(std::false_type{}) : launch_mode(std::true_type{});
 }

@@ -1,5 +1,5 @@
 // Split-KV decode: one thread block per (64-row tile, KV head, part), persistent over the part's
-// work items.
+// work items. Pairs of row tiles are clusters: of what both read each block loads half, for both.
 //
 //   producer    warp 0 streams the left half of each page's latent columns and its rope columns,
 //               warp 1 the right half (TMA), through rings that carry on across work items;
@@ -19,6 +19,7 @@
 #include "sm90/leaves.cuh"
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"
+#include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/copy.cuh"
 #include "sm90/ptx/mbarrier.cuh"
 #include "sm90/ptx/sync.cuh"
@@ -194,7 +195,7 @@ __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& i
   span.advance(a, item, length);
 }
 
-template <typename Element, bool kInvariant>
+template <typename Element, bool kInvariant, int kClusterSize>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -295,7 +296,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       // Freed before S of the next page is issued: the refill takes longer than anything else.
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      if (lane == 0) ptx::mbarrier_arrive(&shared.left_empty[stage]);
+      release_half<kClusterSize>(&shared.left_empty[stage]);
       if (kInvariant && span_ends) {
         const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
         end_leaf(a, item, length, row_begin, 0, final, leaf, span, o, result);
@@ -331,7 +332,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   }
 }
 
-template <typename Element, bool kInvariant>
+template <typename Element, bool kInvariant, int kClusterSize>
 __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared& shared,
                                           int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -360,6 +361,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
         ptx::named_barrier_sync(kRightGroup, 128);
       }
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
+      // No barrier completes unseen: that of a span's first page would, and P comes later anyway.
+      if (span.fresh) ptx::mbarrier_wait(&shared.scores_done[ring.stage], ring.parity);
       ptx::mbarrier_wait(&shared.p_full[p_ring.stage], p_ring.parity);
       if (!span.fresh && shared.must_rescale[p_ring.stage][warp]) {
         const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
@@ -379,7 +382,9 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       // arrival alone would overtake the loads.
       ptx::fence_async_proxy();
       __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&shared.rope_empty[p_ring.stage]);
+      if (lane == 0)
+        release<kClusterSize>(&shared.rope_empty[p_ring.stage],
+                              loader_of<kClusterSize>(p_ring.stage));
       Ring<kRightStages> next = ring;
       next.advance();
       if (!span_ends) ptx::mbarrier_wait(&shared.scores_done[next.stage], next.parity);
@@ -395,7 +400,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       span.fresh = false;
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
-      if (lane == 0) ptx::mbarrier_arrive(&shared.right_empty[ring.stage]);
+      release_half<kClusterSize>(&shared.right_empty[ring.stage]);
       ring = next;
       p_ring.advance();
       if (kInvariant && span_ends) {
@@ -411,7 +416,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
 }
 
 // grid: (row tiles, H_kv, parts), so that neighbours read the same pages at the same time.
-template <typename Element, bool kInvariant>
+template <typename Element, bool kInvariant, int kClusterSize>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ uint8_t raw_shared[];
@@ -422,23 +427,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
+    constexpr int kReleases = 4 * kClusterSize;  // of a slot, by the warps that read it
     ptx::mbarrier_init(&shared.q_full, kQueryArrivals);
     ptx::mbarrier_init(&shared.q_empty, 4);
     for (int stage = 0; stage < kLeftStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.left_full[stage][pair], 1);
-      ptx::mbarrier_init(&shared.left_empty[stage], 4);
+      ptx::mbarrier_init(&shared.left_empty[stage], kReleases);
       ptx::mbarrier_init(&shared.rope_full[stage], 1);
-      ptx::mbarrier_init(&shared.rope_empty[stage], 4);
+      ptx::mbarrier_init(&shared.rope_empty[stage], kReleases);
       ptx::mbarrier_init(&shared.p_full[stage], 128);  // all that wrote P and the factors
     }
     for (int stage = 0; stage < kRightStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
-      ptx::mbarrier_init(&shared.right_empty[stage], 4);
+      ptx::mbarrier_init(&shared.right_empty[stage], kReleases);
       ptx::mbarrier_init(&shared.scores_done[stage], 4);
     }
     ptx::mbarrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (kClusterSize > 1) {
+    ptx::cluster_sync_relaxed();
+  } else {
+    __syncthreads();
+  }
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
 
@@ -447,9 +457,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::register_decrease<kProducerRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
     if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
-      stream_pages<false>(a, shared, kv_head, first, last);
+      stream_pages<false, kClusterSize>(a, shared, kv_head, first, last);
     } else if (threadIdx.x < 64) {
-      stream_pages<true>(a, shared, kv_head, first, last);
+      stream_pages<true, kClusterSize>(a, shared, kv_head, first, last);
     } else {
       stream_queries(a, shared, row_begin, kv_head, first, last);
       if (threadIdx.x < 96 && blockIdx.x + kv_head == 0) report_stale_plan(a, first, last);
@@ -457,11 +467,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
-    run_left<Element, kInvariant>(a, shared, row_begin, kv_head, first, last);
+    run_left<Element, kInvariant, kClusterSize>(a, shared, row_begin, kv_head, first, last);
   } else {
     ptx::register_increase<kRightRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
-    run_right<Element, kInvariant>(a, shared, row_begin, kv_head, first, last);
+    run_right<Element, kInvariant, kClusterSize>(a, shared, row_begin, kv_head, first, last);
   }
 }
 

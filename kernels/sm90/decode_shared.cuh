@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sm90/decode_params.cuh"
+#include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/mbarrier.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
@@ -41,6 +42,8 @@ struct DecodeShared {
 };
 static_assert(sizeof(DecodeShared) + 1024 <= 232448, "shared memory of an SM");
 
+static_assert(kLeftStages == 2, "blocks of a cluster take turns to load rope columns");
+
 enum Barrier : int { kLeftGroup = 1, kRightGroup };  // named barriers; 0 is __syncthreads
 
 template <int kStages>
@@ -54,6 +57,35 @@ struct Ring {
     }
   }
 };
+
+// Blocks of neighbouring row tiles may be a cluster of kClusterSize: 1 or 2. It reads a page once:
+// a column tile of a half page, or the rope columns of a slot, is loaded by one block for all.
+template <int kClusterSize>
+__device__ __forceinline__ int loader_of(int tile_or_stage) {
+  return tile_or_stage % kClusterSize;
+}
+
+template <int kClusterSize>
+__device__ __forceinline__ int cluster_rank() {
+  return blockIdx.x % kClusterSize;
+}
+
+// Tells the block of that rank that this warp has read its part of what a slot holds.
+template <int kClusterSize>
+__device__ __forceinline__ void release(ptx::Mbarrier* empty, int rank) {
+  if constexpr (kClusterSize == 1) {
+    ptx::mbarrier_arrive(empty);
+  } else {
+    ptx::mbarrier_arrive_at(empty, rank);
+  }
+}
+
+// The same of half a page, of which every block fills some.
+template <int kClusterSize>
+__device__ __forceinline__ void release_half(ptx::Mbarrier* empty) {
+  const int lane = threadIdx.x % 32;
+  if (lane < kClusterSize) release<kClusterSize>(empty, lane);
+}
 
 struct Item {
   int request, page_begin, page_end, split;

@@ -66,16 +66,38 @@ __device__ __forceinline__ bool waits_for_queries(const DecodeArguments& a, int 
   return first < last && Item(__ldg(a.items + first)).pages() > 1;
 }
 
+// A box of a tile, for all blocks of the cluster.
+template <int kClusterSize>
 __device__ __forceinline__ void load_box(const DecodeArguments& a, void* destination,
                                          ptx::Mbarrier* barrier, int kv_head, int page, int row,
                                          int tile) {
-  ptx::tma_load_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page, ptx::kEvictFirst);
+  if constexpr (kClusterSize == 1) {
+    ptx::tma_load_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page,
+                     ptx::kEvictFirst);
+  } else {
+    // To be evicted first, a page would be gone before other clusters that lag behind have read it.
+    const uint64_t policy = gridDim.x > 2 ? ptx::kEvictNormal : ptx::kEvictFirst;
+    ptx::tma_multicast_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page, 0b11,
+                          policy);
+  }
 }
 
-template <bool kSmallPages>
+// After the last load: other blocks of the cluster still release the slots that this one fills, and
+// it must not end before they have.
+template <int kStages>
+__device__ __forceinline__ void wait_until_empty(Ring<kStages> ring,
+                                                 ptx::Mbarrier (&empty)[kStages]) {
+#pragma unroll 1
+  for (int i = 0; i < kStages; ++i) {
+    ptx::mbarrier_wait(&empty[ring.stage], ring.parity ^ 1);
+    ring.advance();
+  }
+}
+
+template <bool kSmallPages, int kClusterSize>
 __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
                                             int kv_head, int first, int last) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
   const Box<kSmallPages> box(a);
   Ring<kLeftStages> ring;
   bool hold = waits_for_queries(a, first, last);
@@ -85,27 +107,35 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
     if (lane < 2)
       ptx::mbarrier_arrive_expect_tx(&shared.left_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
-    if (box.tile < kHalfTiles)
-      load_box(a, shared.left[stage][box.tile] + box.offset, &shared.left_full[stage][box.tile / 2],
-               kv_head, page, row, box.tile);
+    if (box.tile < kHalfTiles && loader_of<kClusterSize>(box.tile) == rank)
+      load_box<kClusterSize>(a, shared.left[stage][box.tile] + box.offset,
+                             &shared.left_full[stage][box.tile / 2], kv_head, page, row, box.tile);
     // Only lanes that act on it wait: another might look when the slot is a phase further on.
     if (box.tile == kHalfTiles) {
-      ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
+      // One block waits and loads for all; the others may expect it now that S has read the last.
+      const bool loads = loader_of<kClusterSize>(stage) == rank;
+      if (loads) ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
       if (box.index == 0) ptx::mbarrier_arrive_expect_tx(&shared.rope_full[stage], ptx::kTileBytes);
       if (kSmallPages) __syncwarp(((1 << (1 << box.count_log2)) - 1) << (lane - box.index));
-      load_box(a, shared.rope[stage] + box.offset, &shared.rope_full[stage], kv_head, page, row,
-               kRopeTile);
+      if (loads)
+        load_box<kClusterSize>(a, shared.rope[stage] + box.offset, &shared.rope_full[stage],
+                               kv_head, page, row, kRopeTile);
     }
     if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
     hold = false;
     ring.advance();
   });
+  if constexpr (kClusterSize > 1) {
+    wait_until_empty(ring, shared.left_empty);
+    if (ring.stage != rank) ring.advance();  // to the one slot whose rope columns it has loaded
+    ptx::mbarrier_wait(&shared.rope_empty[rank], ring.parity ^ 1);
+  }
 }
 
-template <bool kSmallPages>
+template <bool kSmallPages, int kClusterSize>
 __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, int first, int last) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
   const Box<kSmallPages> box(a);
   Ring<kRightStages> ring;
   bool hold = waits_for_queries(a, first, last);
@@ -115,23 +145,25 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
     if (lane < 2)
       ptx::mbarrier_arrive_expect_tx(&shared.right_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
-    if (box.tile < kHalfTiles)
-      load_box(a, shared.right[stage][box.tile] + box.offset,
-               &shared.right_full[stage][box.tile / 2], kv_head, page, row, kHalfTiles + box.tile);
+    if (box.tile < kHalfTiles && loader_of<kClusterSize>(box.tile) == rank)
+      load_box<kClusterSize>(a, shared.right[stage][box.tile] + box.offset,
+                             &shared.right_full[stage][box.tile / 2], kv_head, page, row,
+                             kHalfTiles + box.tile);
     if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
     hold = false;
     ring.advance();
   });
+  if constexpr (kClusterSize > 1) wait_until_empty(ring, shared.right_empty);
 }
 
 // Warp 0 the left halves and rope columns, warp 1 the right halves.
-template <bool kSmallPages>
+template <bool kSmallPages, int kClusterSize>
 __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, int first, int last) {
   if (threadIdx.x < 32) {
-    stream_left<kSmallPages>(a, shared, kv_head, first, last);
+    stream_left<kSmallPages, kClusterSize>(a, shared, kv_head, first, last);
   } else {
-    stream_right<kSmallPages>(a, shared, kv_head, first, last);
+    stream_right<kSmallPages, kClusterSize>(a, shared, kv_head, first, last);
   }
 }
 

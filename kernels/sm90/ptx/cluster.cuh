@@ -1,4 +1,5 @@
-// Thread-block clusters: the cluster-wide barrier and stores into a peer's shared memory.
+// Thread-block clusters: the cluster-wide barrier, and stores and arrivals in a peer's shared
+// memory.
 #pragma once
 
 #include "sm90/ptx/mbarrier.cuh"
@@ -20,6 +21,12 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Waits for the whole cluster, which makes nobody's writes visible: that would be a barrier of the
+// memory of the whole GPU.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+
 // *pointer = value in the shared memory of block `rank`, which must have started.
 __device__ __forceinline__ void store_to_peer(int64_t* pointer, int rank, int64_t value) {
   asm volatile(
@@ -29,6 +36,19 @@ __device__ __forceinline__ void store_to_peer(int64_t* pointer, int rank, int64_
       "st.shared::cluster.s64 [remote], %2;\n"
       "}\n" ::"r"(smem_address(pointer)),
       "r"(rank), "l"(value)
+      : "memory");
+}
+
+// Arrives at the barrier that lies there in block `rank`, which may be this one. Orders nothing for
+// other blocks.
+__device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(smem_address(barrier)),
+      "r"(rank)
       : "memory");
 }
 

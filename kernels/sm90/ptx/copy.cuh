@@ -11,8 +11,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Cache policy for data read once.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+// Cache policies: for data that nobody reads again soon, and for all other.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
 
 // One box of a 5-D tensor map; its bytes complete on `barrier`.
 __device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map,
@@ -22,6 +22,20 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address(destination)),
       "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+      : "memory");
+}
+
+// The same into every thread block of the cluster whose bit of `blocks` is set, at the offsets that
+// destination and barrier have in this one.
+__device__ __forceinline__ void tma_multicast_5d(void* destination, const CUtensorMap* map,
+                                                 Mbarrier* barrier, int c0, int c1, int c2, int c3,
+                                                 int c4, uint16_t blocks, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(smem_address(destination)),
+      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "h"(blocks), "l"(policy)
       : "memory");
 }
 

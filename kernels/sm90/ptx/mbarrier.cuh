@@ -16,7 +16,7 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, uint32_t arriva
                : "memory");
 }
 
-// Makes initialised barriers visible to the TMA unit.
+// Makes initialised barriers visible to the TMA unit, and to the cluster after its next barrier.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

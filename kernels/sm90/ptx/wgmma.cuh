@@ -21,7 +21,8 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* tile, uint32_t
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   constexpr uint64_t kRowGroupStride = 1024 >> 4;
   uint64_t descriptor = kSwizzle128 | kRowGroupStride << 32 |
-                        static_cast<uint64_t>(tile_stride >> 4) << 16 | (smem_address(tile) >> 4);
+                        static_cast<uint64_t>(tile_stride >> 4) << 16 |
+                        (smem_address(tile) >> 4 & 0x3fff);  // without the rank in the cluster
   // Opaque, or the compiler keeps every step's descriptor in registers of its own.
   asm volatile("" : "+l"(descriptor));
   return descriptor;
