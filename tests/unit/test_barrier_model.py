@@ -17,10 +17,12 @@ from tests.barrier_machine import (
     Fence,
     Load,
     MmaWait,
+    Protocol,
     Step,
     Violation,
     Wait,
     explore,
+    sample,
 )
 from tests.decode_protocol import Edit, Scale, protocol
 
@@ -233,3 +235,74 @@ def test_one_right_stage_would_not() -> None:
 def test_a_ring_of_another_size_in_one_role_is_caught(role: str, ring: Scale) -> None:
     with pytest.raises(Violation):
         explore(protocol(("5",), ONE, scale_of={role: ring}))
+
+
+# --- Two blocks in a cluster: more orders than can be run, so some.
+
+PAIR = Scale(warps=1, pairs=1, blocks=2)
+WALKS = 200
+
+
+@pytest.mark.parametrize("scale", [PAIR, Scale(warps=2, pairs=2, blocks=2)], ids=["one warp", "two warps"])
+@pytest.mark.parametrize("work", [("1",), ("2", "1p"), ("5p", "2", "1", "0", "3p"), ("13",), ("2+3", "0", "3+2p")])
+def test_a_cluster_keeps_the_protocol(work: tuple[str, ...], scale: Scale) -> None:
+    sample(protocol(work, scale), WALKS)
+
+
+# Who may expect rope columns only after its wait could as well before: S has read the last ones.
+HARMLESS_IN_A_CLUSTER = {*HARMLESS, "stream_left, late Wait rope_empty"}
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMATIC if name not in HARMLESS_IN_A_CLUSTER])
+def test_every_step_is_needed_in_a_cluster(name: str) -> None:
+    with pytest.raises(Violation):
+        for work, scale in PROBLEMS:
+            sample(protocol(work, replace(scale, blocks=2), SYSTEMATIC[name]), WALKS)
+
+
+def ends_without_waiting(name: str, steps: list[Step]) -> list[Step]:
+    """The producer is gone after its last load."""
+    if not name.startswith("stream"):
+        return steps
+    return steps[: max(at for at, step in enumerate(steps) if isinstance(step, Copy)) + 1]
+
+
+def test_a_block_must_not_end_before_the_other_has_released_its_slots() -> None:
+    with pytest.raises(Violation, match=r"arrives at .*_empty.*, and the thread block that it lies in has ended"):
+        sample(protocol(("2", "1"), PAIR, ends_without_waiting), WALKS)
+
+
+def test_a_slot_is_not_free_when_its_own_block_has_read_it() -> None:
+    """Releases that do not reach the other block, which loads into both."""
+    made = protocol(("3",), PAIR)
+
+    def own_block_only(name: str, steps: Sequence[Step]) -> list[Step]:
+        own = name[-2:]
+        return [
+            step
+            for step in steps
+            if not (isinstance(step, Arrive) and "_empty" in step.barrier and not step.barrier.endswith(own))
+        ]
+
+    halved = {barrier: count // 2 if "t_empty" in barrier else count for barrier, count in made.mbarriers.items()}
+    programs = {name: own_block_only(name, steps) for name, steps in made.programs.items()}
+    with pytest.raises(Violation, match=r"copy of k . overwrites|deadlock"):
+        sample(replace(made, programs=programs, mbarriers=halved), WALKS)
+
+
+def test_rope_columns_that_one_block_loads_for_both_are_released_at_that_block_alone() -> None:
+    """At the other one nobody would wait before the next release comes."""
+    made = protocol(("5",), PAIR)
+
+    def released_at_both(steps: Sequence[Step]) -> list[Step]:
+        result: list[Step] = []
+        for step in steps:
+            result.append(step)
+            if isinstance(step, Arrive) and step.barrier.startswith("rope_empty"):
+                other = {"0": "1", "1": "0"}[step.barrier[-1]]
+                result.append(step._replace(barrier=step.barrier[:-1] + other))
+        return result
+
+    programs = {name: released_at_both(steps) for name, steps in made.programs.items()}
+    with pytest.raises(Violation, match=r"arrives at rope_empty.* while the round for .* is open"):
+        sample(Protocol(programs, made.mbarriers, made.named_barriers), WALKS)
