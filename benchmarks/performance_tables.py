@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from statistics import geometric_mean, median
-from typing import Any
 
 import performance_schedule as schedule
+from performance_engines import serving, steps
 from performance_measures import (
     best_rival,
     compared,
@@ -23,8 +23,6 @@ from flashmla_backend.bench import report as kernels_report
 from flashmla_backend.bench import tables
 from flashmla_backend.bench.contenders import INVARIANT, OURS
 from flashmla_backend.bench.report import SLOWER
-from flashmla_backend.bench.serve import report as serve_report
-from flashmla_backend.bench.steps import report as steps_report
 
 RAGGED_GOAL = 1.06  # times an even batch of as many tokens
 ROWS_LENGTH = 8192
@@ -269,35 +267,6 @@ def extras(reports: Reports) -> str:
     ]
     table = markdown(list(host["host_us"]), [[f"{value:.1f}" for value in host["host_us"].values()]])
     return "\n".join([*lines, "", table])
-
-
-def steps(reports: Reports) -> str:
-    """Those of the model in which attention is much of the step; README has all."""
-    lines = []
-    for row in reports.steps["rows"]:
-        times: dict[str, Any] = {key: value for key, value in row.items() if isinstance(value, dict)}
-        own = times.pop(OURS)
-        least = min(times, key=lambda key: float(times[key]["ms"]))
-        cells = [row["point"], f"{own['ms']:.2f}", f"{own['attention_ms'] / own['ms']:.0%}"]
-        lines.append([*cells, f"{times[least]['ms']:.2f}, {least}", f"{steps_report.speed_up(row):.3f}"])
-    model = f"{reports.steps['rows'][0]['model']}, {reports.steps['vllm']}"
-    return markdown([model, "ours, ms", "of which attention", "best of vLLM's own, ms", "speed-up"], lines)
-
-
-def serving(reports: Reports) -> str:
-    """Every load for every backend, and of our rows how many times better than the best of the others."""
-    lines = []
-    for row in reports.serve["rows"]:
-        gained = serve_report.gains(row)
-        for who in serve_report.backends_of([row]):
-            value = row[who]
-            times = [f"{value[metric][p]:.1f}" for metric in ("ttft_ms", "tpot_ms") for p in ("p50", "p99")]
-            better = " / ".join(f"{gained[what]:.3f}" for what in ("ttft", "tpot", "throughput"))
-            rate = f"{value['output_throughput']:.0f}"
-            lines.append([row["load"], who, *times, rate, better if who == OURS else ""])
-    head = [f"{reports.serve['model']}, {reports.serve['engine']}", "backend", "first token, ms: p50", "p99"]
-    head += ["per token, ms: p50", "p99", "tokens/s", "gain: first token / per token / tokens/s"]
-    return markdown(head, lines)
 
 
 SECTIONS: dict[str, Callable[[Reports], str]] = {

@@ -24,7 +24,8 @@ from tests.barrier_machine import (
     explore,
     sample,
 )
-from tests.decode_protocol import Edit, Scale, protocol
+from tests.decode_protocol import Edit, protocol
+from tests.decode_roles import Scale
 
 # --- The protocol holds.
 

@@ -1,0 +1,326 @@
+"""The roles of kernels/sm90/decode.cuh, with everything but synchronisation and shared memory left out: each function
+below is the kernel's of that name. `decode_protocol` puts them together.
+
+What the kernel has four or two of is modelled once or twice, as `Scale` says: enough for warps that drift apart and for
+tiles that arrive out of turn. A warp is one program: the compiler lets its lanes meet again after every wait. A copy is
+whatever completes on one barrier together: with small pages two or four boxes of each tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from tests.barrier_machine import (
+    Arrive,
+    BarArrive,
+    BarWait,
+    Copy,
+    Fence,
+    Label,
+    Load,
+    Mma,
+    MmaWait,
+    Reads,
+    Step,
+    Store,
+    Wait,
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many of its parts are modelled, and the rings."""
+
+    warps: int  # of a warpgroup, and of those that load Q; the kernel has 4, for Q of later items 2 that arrive twice
+    pairs: int  # of column tiles, each with a barrier, in either half of a page; the kernel has 2
+    left_stages: int = 2  # for left halves, rope tiles and P
+    right_stages: int = 3
+    blocks: int = 1  # of a cluster, which read the same pages; the kernel has 1 or 2
+
+
+@dataclass
+class Ring:
+    """As in the kernel, and beside the parity the phase it is meant to stand for."""
+
+    stages: int
+    stage: int = 0
+    parity: int = 0
+    round: int = 0
+
+    def advance(self) -> None:
+        self.stage = (self.stage + 1) % self.stages
+        if self.stage == 0:
+            self.parity ^= 1
+            self.round += 1
+
+    def full(self, barrier: str) -> Wait:
+        return Wait(f"{barrier}_{self.stage}", self.parity, self.round)
+
+    def empty(self, barrier: str) -> Wait:
+        return Wait(f"{barrier}_{self.stage}", self.parity ^ 1, self.round - 1)
+
+
+@dataclass(frozen=True)
+class Page:
+    serial: int
+    partial: bool  # it has rows past the length, which must be zeroed before they are read as V
+    first: bool  # of its leaf, or in free mode of its item
+    last: bool
+    final: bool  # of its item
+
+
+Item = tuple[Page, ...]
+
+
+def make_items(work: Sequence[str]) -> list[Item]:
+    """ "2" is an item of two pages, "2p" the same with a partial last page, "2+1" one of two leaves."""
+    items, serial = [], 0
+    for text in work:
+        leaves = [int(leaf) for leaf in text.rstrip("p").split("+")]
+        pages = [(i == 0, i + 1 == count) for count in leaves for i in range(count)]
+        item = []
+        for at, (first, last) in enumerate(pages):
+            final = at + 1 == len(pages)
+            item.append(Page(serial + at, text.endswith("p") and final, first, last, final))
+        items.append(tuple(item))
+        serial += len(pages)
+    return items
+
+
+# --- Shared memory: what a page's data is called while it is K, zero-filled V, or P.
+
+
+def q(item: int) -> Label:
+    return f"q {item}"
+
+
+def k(page: Page) -> Label:
+    return f"k {page.serial}"
+
+
+def zero(page: Page) -> Label:
+    return f"zero {page.serial}"
+
+
+def s(page: Page) -> Label:
+    return f"s {page.serial}"
+
+
+def p(page: Page) -> Label:
+    return f"p {page.serial}"
+
+
+def pv(page: Page) -> Label:
+    return f"pv {page.serial}"
+
+
+def tails(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:
+    """Rows past the length of a partial page, in the shares of the warps that zero them. S may read anything there."""
+    return tuple(tail for loader in range(scale.blocks) for tail in tails_of_tile(side, pair, stage, loader, scale))
+
+
+def tails_of_tile(side: str, pair: int, stage: int, loader: int, scale: Scale) -> tuple[str, ...]:
+    return tuple(f"{side}_tail{pair}{loader}_{stage}.{w}" for w in range(scale.warps))
+
+
+def tiles(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:
+    """A pair of column tiles, in as many parts as there are blocks that load it."""
+    return tuple(f"{side}{pair}{loader}_{stage}" for loader in range(scale.blocks))
+
+
+def rope(stage: int, scale: Scale) -> tuple[str, ...]:
+    """A rope tile, in the shares of the warps that put P there."""
+    return tuple(f"rope_{stage}.{w}" for w in range(scale.warps))
+
+
+def holding(label: Label, regions: Sequence[str]) -> Reads:
+    return tuple((region, label) for region in regions)
+
+
+def values(page: Page, stage: int, side: str, scale: Scale) -> Reads:
+    tail = zero(page) if page.partial else k(page)
+    reads: Reads = ()
+    for pair in range(scale.pairs):
+        reads += holding(k(page), tiles(side, pair, stage, scale)) + holding(tail, tails(side, pair, stage, scale))
+    return reads
+
+
+# --- The producer's roles.
+
+
+def waits_for_queries(items: Sequence[Item]) -> bool:
+    return bool(items) and len(items[0]) > 1
+
+
+def stream_half(page: Page, ring: Ring, side: str, scale: Scale, block: int) -> Iterator[Step]:
+    stage = ring.stage
+    yield ring.empty(f"{side}_empty")
+    for pair in range(scale.pairs):
+        full = f"{side}_full{pair}_{stage}"
+        yield from expect(full, page, scale)
+        tile = tiles(side, pair, stage, scale)[block]
+        yield Copy((tile, *tails_of_tile(side, pair, stage, block, scale)), k(page), full)
+
+
+def expect(full: str, page: Page, scale: Scale) -> Iterator[Step]:
+    """What a block does on its own barrier before all blocks' bytes of the page complete there; if they are its own
+    alone they cannot come before, and this goes without saying."""
+    if scale.blocks > 1:
+        yield Arrive(full, k(page))
+
+
+def loads_rope(block: int, stage: int, scale: Scale) -> bool:
+    """One block waits for a slot of all blocks and loads for all."""
+    return stage % scale.blocks == block
+
+
+def wait_until_empty(ring: Ring, barrier: str, own_stages: Sequence[int], scale: Scale) -> Iterator[Step]:
+    """After the last page."""
+    rest = replace(ring)
+    for _ in range(rest.stages if scale.blocks > 1 else 0):
+        if rest.round > 0 and rest.stage in own_stages:  # else nothing was ever loaded there, or not by this block
+            yield rest.empty(barrier)
+        rest.advance()
+
+
+def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
+    ring = Ring(scale.left_stages)
+    hold = waits_for_queries(items)
+    for page in (page for item in items for page in item):
+        yield from stream_half(page, ring, "left", scale, block)
+        loads = loads_rope(block, ring.stage, scale)
+        if loads:
+            yield ring.empty("rope_empty")
+        yield from expect(f"rope_full_{ring.stage}", page, scale)
+        if loads:
+            yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
+        if hold:
+            yield Wait("q_full_0", parity=0, round=0)
+        hold = False
+        ring.advance()
+    yield from wait_until_empty(ring, "left_empty", range(scale.left_stages), scale)
+    own = [stage for stage in range(scale.left_stages) if loads_rope(block, stage, scale)]
+    yield from wait_until_empty(ring, "rope_empty", own, scale)
+
+
+def stream_right(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
+    ring = Ring(scale.right_stages)
+    hold = waits_for_queries(items)
+    for page in (page for item in items for page in item):
+        yield from stream_half(page, ring, "right", scale, block)
+        if hold:
+            yield Wait("q_full_0", parity=0, round=0)
+        hold = False
+        ring.advance()
+    yield from wait_until_empty(ring, "right_empty", range(scale.right_stages), scale)
+
+
+def load_queries(index: int, warp: int) -> Iterator[Step]:
+    yield Store((f"q.{warp}",), q(index))
+    yield Fence(q(index))  # with the wait for this warp's own cp.async
+    yield Arrive("q_full_0", q(index))
+
+
+def with_pages(items: Sequence[Item]) -> list[int]:
+    return [index for index, item in enumerate(items) if item]
+
+
+def load_first_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
+    for index in with_pages(items)[:1]:
+        yield from load_queries(index, warp)
+
+
+def stream_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
+    ring = Ring(1)
+    for index in with_pages(items)[1:]:
+        ring.advance()
+        yield ring.empty("q_empty")
+        yield from load_queries(index, warp)
+
+
+# --- The consumers' roles.
+
+
+def zero_tail(page: Page, stage: int, side: str, warp: int, scale: Scale) -> Iterator[Step]:
+    parts = product(range(scale.pairs), range(scale.blocks))
+    yield Store(tuple(tails_of_tile(side, pair, stage, loader, scale)[warp] for pair, loader in parts), zero(page))
+    yield Fence(zero(page))
+    yield from sync(f"{side}_group", zero(page))
+
+
+def sync(barrier: str, label: Label) -> Iterator[Step]:
+    yield BarArrive(barrier, label)
+    yield BarWait(barrier)
+
+
+def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale) -> Iterator[Step]:
+    query = holding(q(index), [f"q.{w}" for w in range(scale.warps)])
+    for side, half in ("left", ring), ("right", right_ring):
+        for pair in range(scale.pairs):
+            yield half.full(f"{side}_full{pair}")
+            yield Mma((*query, *holding(k(page), tiles(side, pair, half.stage, scale))))
+    yield ring.full("rope_full")
+    yield Mma((*query, *holding(k(page), rope(ring.stage, scale))))
+
+
+def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
+    ring, right_ring, q_ring = Ring(scale.left_stages), Ring(scale.right_stages), Ring(1)
+    for index, item in enumerate(items):
+        if not item:
+            continue
+        yield q_ring.full("q_full")
+        q_ring.advance()
+        yield from start_scores(index, item[0], ring, right_ring, scale)
+        yield MmaWait(s(item[0]))
+        for at, page in enumerate(item):
+            stage = ring.stage
+            yield Arrive(f"scores_done_{right_ring.stage}", s(page))
+            if page.final:
+                yield Arrive("q_empty_0", q(index))
+            yield from sync("left_group", s(page))
+            if page.partial:
+                yield from zero_tail(page, stage, "left", warp, scale)
+            yield Mma(values(page, stage, "left", scale))
+            yield Store((f"rope_{stage}.{warp}", f"rescale_{stage}.{warp}"), p(page))
+            if page.last:
+                yield Store((f"inverse_sum_{stage}.{warp}",), p(page))
+            yield Fence(p(page))
+            yield Arrive(f"p_full_{stage}", p(page))
+            ring.advance()
+            right_ring.advance()
+            yield MmaWait(pv(page))
+            yield Arrive(f"left_empty_{stage}", pv(page))
+            if page.final:
+                break
+            yield from start_scores(index, item[at + 1], ring, right_ring, scale)
+            yield MmaWait(s(item[at + 1]))
+
+
+def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
+    ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
+    yield from load_first_queries(items, warp)
+    for page in (page for item in items for page in item):
+        stage = ring.stage
+        for pair in range(scale.pairs):
+            yield ring.full(f"right_full{pair}")
+        if page.partial:
+            yield from zero_tail(page, stage, "right", warp, scale)
+        if page.first:
+            yield ring.full("scores_done")
+        yield p_ring.full("p_full")
+        if not page.first:
+            yield Load(f"rescale_{p_ring.stage}.{warp}", p(page))
+        if page.last:
+            yield Load(f"inverse_sum_{p_ring.stage}.{warp}", p(page))
+        yield Load(f"rope_{p_ring.stage}.{warp}", p(page))
+        yield Fence(p(page))
+        yield Arrive(f"rope_empty_{p_ring.stage}", p(page))
+        ring.advance()
+        if not page.last:
+            yield ring.full("scores_done")
+        yield Mma(values(page, stage, "right", scale))
+        yield MmaWait(pv(page))
+        yield Arrive(f"right_empty_{stage}", pv(page))
+        p_ring.advance()
