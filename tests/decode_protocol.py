@@ -7,8 +7,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tests.barrier_machine import Arrive, BarArrive, BarWait, Copy, Load, Mma, Protocol, Step, Store, Wait
-from tests.decode_roles import Scale, make_items, run_left, run_right, stream_left, stream_queries, stream_right
+from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Load, Mma, Protocol, Step, Store, Wait
+from tests.decode_roles import (
+    Scale,
+    make_items,
+    rope_loader,
+    run_left,
+    run_right,
+    stream_left,
+    stream_queries,
+    stream_right,
+)
 
 Edit = Callable[[str, list[Step]], list[Step]]
 
@@ -80,7 +89,7 @@ def placed(step: Step, block: int, scale: Scale) -> Iterator[Step]:
             for target in range(scale.blocks):
                 yield Copy(all_on(regions, target), label, on(target, barrier, scale))
         case Arrive(barrier, label) if barrier.startswith("rope_empty"):
-            yield Arrive(on(int(barrier[-1]) % scale.blocks, barrier, scale), label)
+            yield Arrive(on(rope_loader(int(barrier[-1]), scale), barrier, scale), label)
         case Arrive(barrier, label) if re.match("(left|right)_empty", barrier):
             for target in range(scale.blocks):
                 yield Arrive(on(target, barrier, scale), label)

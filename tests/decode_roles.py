@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from tests.barrier_machine import (
+from tests.barrier_steps import (
     Arrive,
     BarArrive,
     BarWait,
@@ -171,16 +171,16 @@ def expect(full: str, page: Page, scale: Scale) -> Iterator[Step]:
         yield Arrive(full, k(page))
 
 
-def loads_rope(block: int, stage: int, scale: Scale) -> bool:
-    """One block waits for a slot of all blocks and loads for all."""
-    return stage % scale.blocks == block
+def rope_loader(stage: int, scale: Scale) -> int:
+    """The block that waits until a slot is free in all blocks and loads for all."""
+    return stage % scale.blocks
 
 
-def wait_until_empty(ring: Ring, barrier: str, own_stages: Sequence[int], scale: Scale) -> Iterator[Step]:
-    """After the last page."""
+def wait_until_empty(ring: Ring, barrier: str, stages: Sequence[int]) -> Iterator[Step]:
+    """After the last page, of the slots that this block fills."""
     rest = replace(ring)
-    for _ in range(rest.stages if scale.blocks > 1 else 0):
-        if rest.round > 0 and rest.stage in own_stages:  # else nothing was ever loaded there, or not by this block
+    for _ in range(rest.stages):
+        if rest.round > 0 and rest.stage in stages:  # in round 0 nothing was ever loaded there
             yield rest.empty(barrier)
         rest.advance()
 
@@ -190,7 +190,7 @@ def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Ste
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
         yield from stream_half(page, ring, "left", scale, block)
-        loads = loads_rope(block, ring.stage, scale)
+        loads = rope_loader(ring.stage, scale) == block
         if loads:
             yield ring.empty("rope_empty")
         yield from expect(f"rope_full_{ring.stage}", page, scale)
@@ -200,9 +200,10 @@ def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Ste
             yield Wait("q_full_0", parity=0, round=0)
         hold = False
         ring.advance()
-    yield from wait_until_empty(ring, "left_empty", range(scale.left_stages), scale)
-    own = [stage for stage in range(scale.left_stages) if loads_rope(block, stage, scale)]
-    yield from wait_until_empty(ring, "rope_empty", own, scale)
+    if scale.blocks > 1:
+        stages = range(scale.left_stages)
+        yield from wait_until_empty(ring, "left_empty", stages)
+        yield from wait_until_empty(ring, "rope_empty", [at for at in stages if rope_loader(at, scale) == block])
 
 
 def stream_right(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
@@ -214,7 +215,8 @@ def stream_right(items: Sequence[Item], scale: Scale, block: int) -> Iterator[St
             yield Wait("q_full_0", parity=0, round=0)
         hold = False
         ring.advance()
-    yield from wait_until_empty(ring, "right_empty", range(scale.right_stages), scale)
+    if scale.blocks > 1:
+        yield from wait_until_empty(ring, "right_empty", range(scale.right_stages))
 
 
 def load_queries(index: int, warp: int) -> Iterator[Step]:

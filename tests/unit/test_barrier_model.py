@@ -9,21 +9,8 @@ from itertools import product
 
 import pytest
 
-from tests.barrier_machine import (
-    Arrive,
-    BarArrive,
-    BarWait,
-    Copy,
-    Fence,
-    Load,
-    MmaWait,
-    Protocol,
-    Step,
-    Violation,
-    Wait,
-    explore,
-    sample,
-)
+from tests.barrier_machine import Violation, explore, sample
+from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Fence, Load, MmaWait, Step, Wait
 from tests.decode_protocol import Edit, protocol
 from tests.decode_roles import Scale
 
@@ -306,4 +293,4 @@ def test_rope_columns_that_one_block_loads_for_both_are_released_at_that_block_a
 
     programs = {name: released_at_both(steps) for name, steps in made.programs.items()}
     with pytest.raises(Violation, match=r"arrives at rope_empty.* while the round for .* is open"):
-        sample(Protocol(programs, made.mbarriers, made.named_barriers), WALKS)
+        sample(replace(made, programs=programs), WALKS)

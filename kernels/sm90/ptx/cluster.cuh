@@ -27,29 +27,26 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
+// Where in the cluster's address space block `rank` has what lies at `pointer` in this one.
+__device__ __forceinline__ uint32_t address_in_peer(const void* pointer, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(smem_address(pointer)), "r"(rank));
+  return address;
+}
+
 // *pointer = value in the shared memory of block `rank`, which must have started.
 __device__ __forceinline__ void store_to_peer(int64_t* pointer, int rank, int64_t value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "st.shared::cluster.s64 [remote], %2;\n"
-      "}\n" ::"r"(smem_address(pointer)),
-      "r"(rank), "l"(value)
-      : "memory");
+  asm volatile("st.shared::cluster.s64 [%0], %1;" ::"r"(address_in_peer(pointer, rank)), "l"(value)
+               : "memory");
 }
 
 // Arrives at the barrier that lies there in block `rank`, which may be this one. Orders nothing for
 // other blocks.
 __device__ __forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(smem_address(barrier)),
-      "r"(rank)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in_peer(barrier, rank))
+               : "memory");
 }
 
 }  // namespace flashmla::ptx
