@@ -1,8 +1,8 @@
 """One backend, one model, one process: `python -m flashmla_backend.bench.steps.child request.json answer.json`.
 
 request: {"model": folder, "attention_backend": name, "dtype": name, "points": {name: [tokens in the cache, ...]},
-          "warmup": steps, "windows": number, "window": steps, "new_tokens": of the comparison of answers,
-          "engine": more keyword arguments of vllm.LLM}
+          "warmup": steps, "windows": number, "window": steps, "compared": requests whose answers are,
+          "new_tokens": of each of them, "engine": more keyword arguments of vllm.LLM}
 answer: {"impl": class of the layers' attention, "rows": {point: {ms, least_ms, gpu_ms, attention_ms, kernels}},
          "tokens": [[ids, ...], ...], "logprobs": [[of these ids, ...], ...]}
 
@@ -27,7 +27,7 @@ from flashmla_backend.bench.steps.models import LOAD_FORMAT, register_loader
 
 BLOCK_SIZE = 64
 TRACED_STEPS = 4
-COMPARED_REQUESTS, COMPARED_TOKENS = 32, 512  # requests and context of the comparison of answers
+COMPARED_TOKENS = 512  # context of the comparison of answers
 
 
 class Steps:
@@ -39,7 +39,7 @@ class Steps:
         register_loader()
         self.request = request
         self.steps = request["warmup"] + request["windows"] * request["window"] + TRACED_STEPS
-        batches = [*request["points"].values(), [COMPARED_TOKENS] * COMPARED_REQUESTS]
+        batches = [*request["points"].values(), [COMPARED_TOKENS] * request["compared"]]
         most_steps = max(self.steps, request["new_tokens"]) + 2
         self.llm = LLM(
             model=request["model"],
@@ -106,7 +106,7 @@ class Steps:
 
     def answers(self) -> tuple[list[list[int]], list[list[float]]]:
         """Greedy tokens after the same contexts, and the logarithm of each one's probability."""
-        self.add([COMPARED_TOKENS] * COMPARED_REQUESTS, self.request["new_tokens"], logprobs=1)
+        self.add([COMPARED_TOKENS] * self.request["compared"], self.request["new_tokens"], logprobs=1)
         finished: dict[int, Any] = {}
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():

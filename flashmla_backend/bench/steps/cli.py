@@ -13,7 +13,7 @@ from flashmla_backend.bench.console import out, progress_bar, refusals, show
 ON_GPU = {
     "models": "v3-attention,v2-lite",
     "backends": "ours,FLASHMLA,FLASH_ATTN_MLA,TRITON_MLA",
-    "points": "64x512,128x1K,32x8K,8x32K,4x32K+12x8K+16x2K+32x512",
+    "points": "64x512,128x1K,32x8K,8x32K,4x32K+12x8K+16x2K+32x512,2x32K+4x16K+16x8K,4x32K+16x16K+32x8K",
 }
 ON_CPU = {"models": "tiny", "backends": "ours", "points": "4x128,1x1K+3x64"}
 
@@ -26,7 +26,8 @@ def steps(
     warmup: Annotated[int, typer.Option(help="Steps before the measured ones.", min=1)] = 8,
     windows: Annotated[int, typer.Option(help="Windows, whose median counts.", min=1)] = 3,
     window: Annotated[int, typer.Option(help="Steps of a window.", min=1)] = 16,
-    new_tokens: Annotated[int, typer.Option(help="Tokens whose probabilities are compared.", min=1)] = 16,
+    compared: Annotated[int, typer.Option(help="Requests whose answers are compared.", min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each of them.", min=1)] = 16,
     compiled: Annotated[bool, typer.Option(help="With torch.compile, vLLM's default; starts slower.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds for one model with one backend.")] = 240,
     logs: Annotated[Path, typer.Option(help="Folder for the engines' logs.")] = Path("bench-steps-logs"),
@@ -54,7 +55,7 @@ def steps(
             (models or defaults["models"]).split(","),
             known.parse(backends or defaults["backends"]),
             batches.parse(points or defaults["points"]),
-            *(dtype, warmup, windows, window, new_tokens, timeout, compiled, logs),
+            *(dtype, warmup, windows, window, compared, new_tokens, timeout, compiled, logs),
         )
 
         def report_of(results: Results) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Plan:
     warmup: int  # steps
     windows: int
     window: int  # steps
-    new_tokens: int  # of the comparison of answers
+    compared: int  # requests whose answers are
+    new_tokens: int  # of each of them
     timeout_s: float  # of one process
     compiled: bool  # torch.compile, see engine_arguments
     logs: Path
@@ -84,6 +85,7 @@ def run_backend(
             "warmup": plan.warmup,
             "windows": plan.windows,
             "window": plan.window,
+            "compared": plan.compared,
             "new_tokens": plan.new_tokens,
             "engine": engine_arguments(plan.compiled, [len(point.lengths) for point in plan.points]),
         }
