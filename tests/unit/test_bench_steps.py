@@ -115,9 +115,10 @@ def test_report(tmp_path: Path) -> None:
     assert deltas["ours"] == {
         "from": "TRITON_MLA",
         "mean_abs_dlogprob": pytest.approx(0.4 / 4),
+        "standard_error": pytest.approx(0.02**0.5 / 2),  # of 0.1, 0, 0.3 and 0
         "compared_tokens": 4,
     }
-    assert deltas["FLASHMLA"]["compared_tokens"] == 6
+    assert deltas["FLASHMLA"]["compared_tokens"] == 4  # its own tokens never part from the reference's, but ours do
     console = Console(width=200, file=io.StringIO())
     console.print(report.table(made))
     console.print("\n".join(report.lines(made)))

@@ -7,6 +7,7 @@ A report is a dict: "device", "torch", "vllm", "date", "commit", "command", "not
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,29 +73,32 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def deltas(answers: dict[str, dict[str, Any]], reference: str | None = None) -> dict[str, dict[str, Any]]:
-    """Mean |difference of log probabilities| from the reference backend, over the tokens before answers part.
+    """Mean |difference of log probabilities| from the reference backend, over the tokens before any answer parts.
 
-    A token that two backends choose after the same tokens has the same context in both. By default the reference is the
-    first of REFERENCES that answered.
+    A token that all backends choose after the same tokens has the same context in all, and all are compared over the
+    same tokens: later ones lie further apart. By default the reference is the first of REFERENCES that answered.
+    The standard error takes tokens for independent.
     """
-    found: dict[str, dict[str, Any]] = {}
     reference = reference or next((name for name in REFERENCES if name in answers), None)
     if reference is None:
-        return found
-    theirs = answers[reference]
-    for who, ours in answers.items():
-        if who == reference:
-            continue
-        differences = []
-        requests = zip(ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True)
-        for tokens, their_tokens, logprobs, their_logprobs in requests:
-            for a, b, x, y in zip(tokens, their_tokens, logprobs, their_logprobs, strict=True):
-                if a != b:
-                    break
-                differences.append(abs(x - y))
-        mean = sum(differences) / len(differences) if differences else math.nan
-        found[who] = {"from": reference, "mean_abs_dlogprob": mean, "compared_tokens": len(differences)}
-    return found
+        return {}
+    differences: dict[str, list[float]] = {who: [] for who in answers if who != reference}
+    for request, tokens in enumerate(answers[reference]["tokens"]):
+        for place, token in enumerate(tokens):
+            if any(answers[who]["tokens"][request][place] != token for who in differences):
+                break
+            theirs = answers[reference]["logprobs"][request][place]
+            for who, found in differences.items():
+                found.append(abs(answers[who]["logprobs"][request][place] - theirs))
+    return {
+        who: {
+            "from": reference,
+            "mean_abs_dlogprob": statistics.fmean(found) if found else math.nan,
+            "standard_error": statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan,
+            "compared_tokens": len(found),
+        }
+        for who, found in differences.items()
+    }
 
 
 def backends_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -135,7 +139,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     for model, by_backend in report["deltas"].items():
         said += [
             f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f} "
-            f"over {d['compared_tokens']:.0f} tokens"
+            f"+- {d.get('standard_error', math.nan):.5f} over {d['compared_tokens']:.0f} tokens"
             for who, d in by_backend.items()
         ]
     return said + report["notes"]
