@@ -62,7 +62,8 @@ def test_rounding_when_few_tokens_dominate(dtype: torch.dtype, mode: dict[str, o
     out, _ = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=scale)
     expected, _ = oracle(problem, causal=False, scale=scale)
     error, rounding = ((x.double() - expected).square().mean().sqrt() for x in (out, expected.to(dtype)))
-    assert error < 1.2 * rounding  # 1.30 with the sum of weights that are not rounded
+    # With the sum of probabilities that are not rounded 1.3, and 1.6 where leaves are fp16 as the output is.
+    assert error < (1.5 if mode and dtype == torch.float16 else 1.2) * rounding
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
