@@ -184,10 +184,9 @@ struct Span {
 template <bool kInvariant>
 __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& item, int length,
                                          int row_begin, int half, bool last,
-                                         const RowState (&leaf)[2], const RoundedSums& sums,
-                                         Span<kInvariant>& span, float (&o)[128],
-                                         RowResult (&result)[2]) {
-  finish_leaf(leaf, sums, o, result);
+                                         const RowState (&leaf)[2], Span<kInvariant>& span,
+                                         float (&o)[128], RowResult (&result)[2]) {
+  finish_leaf(leaf, o, result);
   const Rooms rooms(a, row_begin);
   const int number = span.leaf(a, item, length);
   rooms.merge(merged_subtrees(number, last), half, o, result);
@@ -228,7 +227,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::pin_register(limit[r]);  // or every page would work it out
     }
     OnlineSoftmax softmax;
-    RoundedSums sums;
     Span<kInvariant> span(a, item, length);
     RowResult result[2];  // of a leaf, then of the subtree that ends with it
 
@@ -254,10 +252,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
       float rescale[2];
       const bool must_rescale = softmax.advance(scores, visible, a.scale_log2, rescale);
-      if (must_rescale && !span.fresh) {
-        rescale_output(o, rescale);
-        sums.rescale(rescale);
-      }
+      if (must_rescale && !span.fresh) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
       if (valid_rows < kTileTokens) {
         zero_tail(shared.left[stage], valid_rows);
@@ -282,23 +277,19 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         shared.rescale[stage][accumulator_row(0)] = rescale[0];
         shared.rescale[stage][accumulator_row(1)] = rescale[1];
       }
-      if (kInvariant && span_ends) {
+      if (span_ends) {
         softmax.finish();
         if (lane % 4 == 0) {
           shared.sum[stage][accumulator_row(0)] = softmax.sum[0];
           shared.sum[stage][accumulator_row(1)] = softmax.sum[1];
-          shared.anchor[stage][accumulator_row(0)] = softmax.anchor[0];
-          shared.anchor[stage][accumulator_row(1)] = softmax.anchor[1];
+          if (kInvariant) {
+            shared.anchor[stage][accumulator_row(0)] = softmax.anchor[0];
+            shared.anchor[stage][accumulator_row(1)] = softmax.anchor[1];
+          }
         }
       }
       ptx::fence_async_proxy();
       ptx::mbarrier_arrive(&shared.p_full[stage]);
-      // While P V is under way; so do the right side's warps.
-      sums.template add<Element>(p);
-      if (span_ends) {
-        if (!kInvariant) softmax.finish();
-        sums.finish();
-      }
 
       ring.advance();
       right_ring.advance();
@@ -308,10 +299,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       release_half<kClusterSize>(&shared.left_empty[stage]);
       if (kInvariant && span_ends) {
         const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
-        end_leaf(a, item, length, row_begin, 0, final, leaf, sums, span, o, result);
+        end_leaf(a, item, length, row_begin, 0, final, leaf, span, o, result);
         if (final) break;
         softmax = OnlineSoftmax{};
-        sums = RoundedSums{};
       }
       if (!kInvariant && final) break;
       start_scores<Element>(shared, ring, right_ring, q_registers, scores);
@@ -323,7 +313,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     float factor[2], lse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      factor[r] = kInvariant ? result[r].factor : sums.inverse(r);
+      factor[r] = kInvariant ? result[r].factor : softmax.row(r).inverse();
       lse[r] = kInvariant ? result[r].lse : softmax.row(r).lse();
     }
     store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
@@ -359,8 +349,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     }
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
-    RowState leaf[2];
-    RoundedSums sums;
+    RowState leaf[2];  // or of the whole item
     RowResult result[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
@@ -379,12 +368,11 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
         const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
                                  shared.rescale[p_ring.stage][accumulator_row(1)]};
         rescale_output(o, factor);
-        sums.rescale(factor);
       }
-      if (kInvariant && span_ends) {
+      if (span_ends) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          leaf[r].anchor = shared.anchor[p_ring.stage][accumulator_row(r)];
+          if (kInvariant) leaf[r].anchor = shared.anchor[p_ring.stage][accumulator_row(r)];
           leaf[r].sum = shared.sum[p_ring.stage][accumulator_row(r)];
         }
       }
@@ -410,23 +398,19 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       ptx::wgmma_commit();
       span.fresh = false;
-      sums.template add<Element>(p);
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       release_half<kClusterSize>(&shared.right_empty[ring.stage]);
       ring = next;
       p_ring.advance();
       if (kInvariant && span_ends) {
-        sums.finish();
-        end_leaf(a, item, length, row_begin, 1, final, leaf, sums, span, o, result);
+        end_leaf(a, item, length, row_begin, 1, final, leaf, span, o, result);
         if (final) break;
-        sums = RoundedSums{};
       }
     }
-    if (!kInvariant) sums.finish();
     float factor[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : sums.inverse(r);
+    for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : leaf[r].inverse();
     store_output<Element>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }

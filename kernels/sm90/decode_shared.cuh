@@ -29,7 +29,7 @@ struct DecodeShared {
   alignas(1024) Tile right[kRightStages][kHalfTiles];
   alignas(1024) Tile rope[kLeftStages];   // becomes P
   float rescale[kLeftStages][kTileRows];  // factor of O before this page's P V
-  float sum[kLeftStages][kTileRows];      // of exponentials, of the leaf that ends here
+  float sum[kLeftStages][kTileRows];      // of exponentials, of the item or leaf that ends here
   float anchor[kLeftStages][kTileRows];   // that they are relative to, in batch-invariant mode
   bool must_rescale[kLeftStages][4];      // by warp
   ptx::Mbarrier q_full, q_empty;

@@ -176,10 +176,10 @@ class Rooms {
 };
 
 // The result of a leaf. A row that saw no token gets nothing from it, NaN neither.
-__device__ __forceinline__ void finish_leaf(const RowState (&states)[2], const RoundedSums& sums,
-                                            float (&o)[128], RowResult (&rows)[2]) {
-  rows[0] = {states[0].lse(), sums.inverse(0)};
-  rows[1] = {states[1].lse(), sums.inverse(1)};
+__device__ __forceinline__ void finish_leaf(const RowState (&states)[2], float (&o)[128],
+                                            RowResult (&rows)[2]) {
+  rows[0] = {states[0].lse(), states[0].inverse()};
+  rows[1] = {states[1].lse(), states[1].inverse()};
   if (!__any_sync(~0u, states[0].sum == 0.0f || states[1].sum == 0.0f)) return;
 #pragma unroll
   for (int i = 0; i < 128; ++i) o[i] = states[(i >> 1) & 1].sum == 0.0f ? 0.0f : o[i];

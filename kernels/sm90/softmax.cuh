@@ -15,9 +15,10 @@ namespace flashmla {
 
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
-// O is rescaled only when a row's maximum has grown by more than 2^8: until then exp2 stays in
-// range without it.
-constexpr float kLazyRescale = 8.0f;
+// O is rescaled only when a row's maximum has grown by more than 2^3. Range would allow much more,
+// but a probability that is no power of two is rounded, and where one token dominates that shows in
+// the output as much as the output's own rounding: so the largest must not be far above 1.
+constexpr float kLazyRescale = 3.0f;
 
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -53,58 +54,20 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
-// The exponentials of a row: exponents are relative to `anchor`, in log2 units, and `sum` is
-// theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it is
-// of the request's own tokens.
+// A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
+// is theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it
+// is of the request's own tokens.
 struct RowState {
   float anchor, sum;
 
+  // 1 / sum, 0 for a row that saw no token.
+  __device__ __forceinline__ float inverse() const {
+    return sum != 0.0f ? reciprocal_fast(sum) : 0.0f;
+  }
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
   __device__ __forceinline__ float lse() const {
     constexpr float kLn2 = 0.6931471805599453f;
     return sum != 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
-  }
-};
-
-template <typename Element>
-__device__ __forceinline__ float2 unpack(uint32_t pair);
-
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
-}
-
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-
-// What O is divided by: sums of probabilities as the products take them, rounded. The largest of a
-// row is seldom a power of two while rescaling is lazy, and its rounding then cancels; divided by
-// the sum of exact ones, a row that one token dominates would be off by as much.
-struct RoundedSums {
-  float sum[2] = {0.0f, 0.0f};  // of this thread's columns only, until it is finished
-
-  template <typename Element>
-  __device__ __forceinline__ void add(const uint32_t (&probabilities)[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float2 pair = unpack<Element>(probabilities[i / 4][i % 4]);
-      sum[i & 1] += pair.x + pair.y;
-    }
-  }
-  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
-    sum[0] *= factor[0];
-    sum[1] *= factor[1];
-  }
-  // Sums of whole rows; after the last page.
-  __device__ __forceinline__ void finish() {
-    sum[0] = quad_sum(sum[0]);
-    sum[1] = quad_sum(sum[1]);
-  }
-  // 0 for a row that saw no token.
-  __device__ __forceinline__ float inverse(int r) const {
-    return sum[r] != 0.0f ? reciprocal_fast(sum[r]) : 0.0f;
   }
 };
 
