@@ -46,6 +46,9 @@ def test_the_readme_shows_the_steps_that_were_measured() -> None:
     for path in paths:
         measured = json.loads((ROOT / path).read_text())
         assert steps_report.markdown(measured) in README
+        if heavy := measured["summary"].get("attention-heavy"):
+            said = f"is {heavy['geomean']:.3f} in the geometric mean, {heavy['min']:.3f} at least"
+            assert said in " ".join(README.split())
         assert measured["summary"] == steps_report.summarise(measured["rows"])
 
 

@@ -137,9 +137,10 @@ def lines(report: dict[str, Any]) -> list[str]:
         for name, s in report["summary"].items()
     ]
     for model, by_backend in report["deltas"].items():
-        said += [
-            f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f} "
-            f"+- {d.get('standard_error', math.nan):.5f} over {d['compared_tokens']:.0f} tokens"
-            for who, d in by_backend.items()
-        ]
+        for who, d in by_backend.items():
+            error = f" +- {d['standard_error']:.5f}" if "standard_error" in d else ""  # older reports have none
+            said.append(
+                f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f}{error} "
+                f"over {d['compared_tokens']:.0f} tokens"
+            )
     return said + report["notes"]
