@@ -52,7 +52,7 @@ def test_half_the_lengths_are_zero(h_q: int, s_q: int, dtype: torch.dtype) -> No
     assert fault(*decode(problem, causal=True), *oracle(problem, causal=True)) is None
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_when_few_tokens_dominate(dtype: torch.dtype, mode: dict[str, object]) -> None:
     """Not much further off than the output's own rounding: rescaling must not be too lazy."""

@@ -83,13 +83,17 @@ def deltas(answers: dict[str, dict[str, Any]], reference: str | None = None) -> 
     if reference is None:
         return {}
     differences: dict[str, list[float]] = {who: [] for who in answers if who != reference}
-    for request, tokens in enumerate(answers[reference]["tokens"]):
-        for place, token in enumerate(tokens):
-            if any(answers[who]["tokens"][request][place] != token for who in differences):
+    choices = [  # by backend, request and place: a token and the logarithm of its probability
+        [list(zip(*request, strict=True)) for request in zip(answer["tokens"], answer["logprobs"], strict=True)]
+        for answer in answers.values()
+    ]
+    for request in zip(*choices, strict=True):
+        for place in zip(*request, strict=True):
+            if len({token for token, _ in place}) > 1:
                 break
-            theirs = answers[reference]["logprobs"][request][place]
+            logprobs = {who: logprob for who, (_, logprob) in zip(answers, place, strict=True)}
             for who, found in differences.items():
-                found.append(abs(answers[who]["logprobs"][request][place] - theirs))
+                found.append(abs(logprobs[who] - logprobs[reference]))
     return {
         who: {
             "from": reference,
