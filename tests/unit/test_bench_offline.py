@@ -21,6 +21,7 @@ from flashmla_backend.bench.offline import report
 from flashmla_backend.bench.offline import run as runs
 from flashmla_backend.bench.offline.job import draw_lengths, draw_prompts
 from flashmla_backend.bench.offline.run import Plan, Results
+from flashmla_backend.bench.turns import in_turns
 from flashmla_backend.cli import app
 from flashmla_backend.errors import InvalidArgument
 
@@ -71,10 +72,10 @@ def test_arguments_that_are_none(arguments: list[str], said: str) -> None:
     assert result.exit_code == 2 and said in " ".join(result.output.split())
 
 
-def test_every_other_turn_goes_backwards(tmp_path: Path) -> None:
-    forwards, backwards = [OURS, "FLASHMLA"], ["FLASHMLA", OURS]
-    assert [who for _, who in plan_of(tmp_path, turns=3).processes()] == forwards + backwards + forwards
-    assert [turn for turn, _ in plan_of(tmp_path, turns=3).processes()] == [1, 1, 2, 2, 3, 3]
+def test_every_other_turn_goes_backwards() -> None:
+    turns = in_turns([OURS, "FLASHMLA"], 3)
+    assert [who for _, who in turns] == [OURS, "FLASHMLA", "FLASHMLA", OURS, OURS, "FLASHMLA"]
+    assert [turn for turn, _ in turns] == [1, 1, 2, 2, 3, 3]
 
 
 def test_graphs_are_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from typer.testing import CliRunner
 
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.serve import models, report
+from flashmla_backend.bench.serve import run as runs
 from flashmla_backend.bench.serve.engine import who_serves
 from flashmla_backend.bench.serve.engines import ENGINES
 from flashmla_backend.bench.serve.loads import Load, make_loads
-from flashmla_backend.bench.serve.measured import METRICS, PERCENTILES, digest
+from flashmla_backend.bench.serve.measured import METRICS, PERCENTILES, digest, medians
 from flashmla_backend.bench.serve.plan import Plan
 from flashmla_backend.bench.serve.run import Results
 from flashmla_backend.bench.servers import HttpServer, ServerFailed, free_port, running
@@ -87,7 +90,7 @@ def test_the_log_must_name_the_backend(tmp_path: Path) -> None:
 
 def plan_of(folder: Path, **changes: Any) -> Plan:
     made: dict[str, Any] = {"model": "v2-lite", "backends": [OURS, "FLASHMLA"], "loads": make_loads("2", "4", 2, 1)}
-    made |= {"dtype": "bfloat16", "input_tokens": 10, "output_tokens": 5, "spread": 0.0, "compiled": False}
+    made |= {"turns": 1, "dtype": "bfloat16", "input_tokens": 10, "output_tokens": 5, "spread": 0.0, "compiled": False}
     return Plan(**made | {"timeout_s": 1, "logs": folder, "server_arguments": []} | changes)
 
 
@@ -150,12 +153,104 @@ def result(scale: float) -> dict[str, Any]:
     return made
 
 
+def play(monkeypatch: pytest.MonkeyPatch, *scales: Sequence[float]) -> list[str]:
+    """Instead of servers: one after the other gives results of these scales, load by load. Where there are too few the
+    load stops, and without any the server does not come up. Returns who has been started."""
+    started: list[str] = []
+
+    @contextmanager
+    def up(server: HttpServer, start_seconds: float) -> Iterator[None]:
+        ours = server.environment["FLASHMLA_BACKEND_DISABLE"] == "0"
+        started.append(OURS if ours else "FLASHMLA")
+        assert not server.log.exists(), "or what another server said is lost"
+        server.log.write_text("flashmla_backend 1 serves MLA decode" if ours else "Using FLASHMLA backend.")
+        if not scales[len(started) - 1]:
+            raise ServerFailed("no memory")
+        yield
+
+    def load(arguments: list[str], environment: object, log: Path, timeout_s: float, progressed: object) -> int:
+        assert not log.exists(), "or what another load said is lost"
+        log.write_text("stopped")
+        path = Path(arguments[1])
+        asked, found = json.loads(path.read_text()).values(), scales[len(started) - 1]
+        for one, scale in zip(asked, found, strict=False):
+            (path.parent / option(one, "--result-filename")).write_text(json.dumps(result(scale)))
+        return int(len(found) < len(asked))
+
+    monkeypatch.setattr(runs, "running", up)
+    monkeypatch.setattr(runs, "run_child", load)
+    return started
+
+
+def played(plan: Plan) -> tuple[dict[str, Any], list[int]]:
+    """The report, and how many results of ours for the first load there were at each `keep`."""
+    kept: list[int] = []
+
+    def keep(so_far: Results) -> None:
+        made = report.make(so_far, ENGINES["vllm"], plan, ["flashmla"], "abc")["rows"][0]
+        kept.append(len(made.get(OURS, {}).get("turns", [])))
+
+    results = runs.run(ENGINES["vllm"], plan, lambda done, of, what: None, keep)
+    return report.make(results, ENGINES["vllm"], plan, ["flashmla"], "abc"), kept
+
+
+def test_one_turn_is_reported_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = play(monkeypatch, (2.0, 3.0), ())
+    made, _ = played(plan_of(tmp_path))
+    assert started == [OURS, "FLASHMLA"]
+    assert made["rows"] == [
+        {"load": "2/s", "kind": "rate", "value": 2, "prompts": 4, OURS: digest(result(2.0))},
+        {"load": "4 at once", "kind": "concurrency", "value": 4, "prompts": 4, OURS: digest(result(3.0))},
+    ]
+    assert made["notes"] == ["FLASHMLA: no memory"]
+    assert "medians" not in str(report.lines(made))
+
+
+def test_turns_go_back_and_forth_and_their_medians_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = [(40.0, 1.0), (2.0, 5.0), (4.0, 6.0)], [(8.0, 6.0), (5.0, 3.0), (6.0, 30.0)]
+    started = play(monkeypatch, ours[0], theirs[0], theirs[1], ours[1], ours[2], theirs[2])
+    made, kept = played(plan_of(tmp_path, turns=3))
+    assert started == [OURS, "FLASHMLA", "FLASHMLA", OURS, OURS, "FLASHMLA"]
+    assert kept == [1, 1, 1, 2, 3, 3], "after each server, with what is known by then"
+    for row, own, other in zip(made["rows"], (4.0, 5.0), (6.0, 6.0), strict=True):
+        for who, scale in ((OURS, own), ("FLASHMLA", other)):
+            assert {key: value for key, value in row[who].items() if key != "turns"} == digest(result(scale))
+    assert [(one["turn"], one["tpot_ms"]["p99"]) for one in made["rows"][0][OURS]["turns"]] == [(1, 40), (2, 2), (3, 4)]
+    assert made["summary"]["tpot"]["min"] == 1.2 and made["notes"] == []
+    assert report.lines(made)[0] == "turns of a backend, whose medians these are: 3"
+
+
+def test_of_two_turns_the_mean_counts_and_counts_stay_whole() -> None:
+    first, second = digest(result(2.0)), digest({**result(3.0), "completed": 3})
+    found = medians([first, second])
+    assert found["tpot_ms"] == dict.fromkeys(found["tpot_ms"], 2.5)
+    assert found["output_throughput"] == pytest.approx((10 + 20 / 3) / 2, abs=1e-4)
+    assert (found["completed"], found["total_output_tokens"]) == (3, 20)
+
+
+def test_a_failed_turn_is_noted_and_the_others_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(monkeypatch, (), (8.0,), (6.0, 4.0), (2.0, 3.0))
+    made, _ = played(plan_of(tmp_path, turns=2, loads=[Load("rate", 2, 4), Load("concurrency", 4, 9)]))
+    first, second = made["rows"]
+    assert (first[OURS]["tpot_ms"]["p50"], first["FLASHMLA"]["tpot_ms"]["p50"]) == (2, 7)
+    assert (second[OURS]["tpot_ms"]["p50"], second["FLASHMLA"]["tpot_ms"]["p50"]) == (3, 4)
+    turns = [[one["turn"] for one in row[who]["turns"]] for row in (first, second) for who in (OURS, "FLASHMLA")]
+    assert turns == [[2], [1, 2], [2], [2]]
+    assert report.lines(made)[0] == "turns of a backend, whose medians these are: 1 or 2"
+    assert made["notes"] == [
+        "ours, turn 1: no memory",
+        f"FLASHMLA, turn 1: the load ended with code 1 ({tmp_path / 'load-FLASHMLA-1.log'}):\nstopped",
+        "FLASHMLA, turn 2, 4 at once: 4 of 9 requests completed",
+        "ours, turn 2, 4 at once: 4 of 9 requests completed",
+    ]
+
+
 def test_report(tmp_path: Path) -> None:
     ours, flashmla, triton = digest(result(2)), digest(result(3)), digest(result(8))
     measured = {
-        OURS: {"2/s": ours, "4 at once": ours},
-        "FLASHMLA": {"2/s": flashmla, "4 at once": digest(result(1.5))},
-        "TRITON_MLA": {"2/s": triton},
+        OURS: {"2/s": {1: ours}, "4 at once": {1: ours}},
+        "FLASHMLA": {"2/s": {1: flashmla}, "4 at once": {1: digest(result(1.5))}},
+        "TRITON_MLA": {"2/s": {1: triton}},
     }
     results = Results(measured, {OURS: "flashmla_backend serves"}, ["a note"])
     made = json.loads(

@@ -15,6 +15,7 @@ from flashmla_backend.bench.child import ask_child
 from flashmla_backend.bench.execution import engine_arguments
 from flashmla_backend.bench.offline.job import draw_lengths
 from flashmla_backend.bench.steps.models import MODELS, write_config
+from flashmla_backend.bench.turns import in_turns
 from flashmla_backend.errors import InvalidArgument
 
 
@@ -49,14 +50,6 @@ class Plan:
     def lengths(self) -> list[tuple[int, int]]:
         return draw_lengths(self.prompts, self.input_tokens, self.output_tokens, self.spread)
 
-    def processes(self) -> list[tuple[int, str]]:
-        """Turn and backend. Every other turn goes backwards: whoever is first pays for cold caches."""
-        return [
-            (turn, backend)
-            for turn in range(1, self.turns + 1)
-            for backend in (self.backends if turn % 2 else self.backends[::-1])
-        ]
-
 
 @dataclass
 class Results:
@@ -74,7 +67,7 @@ def run(plan: Plan, report_progress: Callable[[int, int, str], None], keep: Call
     results so far, which outlive a run that is cut short."""
     begin, results = time.monotonic(), Results()
     plan.logs.mkdir(parents=True, exist_ok=True)
-    processes = plan.processes()
+    processes = in_turns(plan.backends, plan.turns)
     done, of = 0, len(processes) * (plan.rounds + 3)
     for index, (turn, backend) in enumerate(processes):
         done = index * (plan.rounds + 3)

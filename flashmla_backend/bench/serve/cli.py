@@ -40,13 +40,19 @@ def serve(
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long requests arrive at each rate.", min=1)] = 10,
     rounds: Annotated[int, typer.Option(help="Prompts are so many times the requests at once.", min=1)] = 3,
+    turns: Annotated[
+        int,
+        typer.Option(
+            help="Servers of each backend, every other turn backwards; with one, the first meets cold caches.", min=1
+        ),
+    ] = 1,
     input_tokens: Annotated[int, typer.Option(help="Of a prompt.", show_default=ON_GPU["input"], min=0)] = 0,
     output_tokens: Annotated[int, typer.Option(help="Of an answer.", show_default=ON_GPU["output"], min=0)] = 0,
     spread: Annotated[float, typer.Option(help="Of both lengths, as a part of them.", min=0, max=0.99)] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
     compiled: Annotated[bool, typer.Option(help="With torch.compile, which starts slower.")] = False,
     server_arguments: Annotated[str, typer.Option(help="More arguments of the server, quoted as one.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds for one backend, its start included.", min=1)] = 300,
+    timeout: Annotated[float, typer.Option(help="Seconds for one server, its start included.", min=1)] = 300,
     logs: Annotated[Path, typer.Option(help="Folder for the logs of servers and loads.")] = Path("bench-serve-logs"),
     output: Annotated[Path, typer.Option("--out", help="The JSON report; a plot of the same name beside it.")] = Path(
         "bench-serve.json"
@@ -55,8 +61,8 @@ def serve(
 ) -> None:
     """Serve over HTTP with each backend, and load it with the engine's own generator.
 
-    Times to the first token and per further token, and throughput, at several rates and numbers of requests at once.
-    Defaults are smaller on a CPU. Exit code 1 if a backend or a request failed.
+    Times to the first token and per further token, and throughput, at several rates and numbers of requests at once;
+    of several turns, the medians. Defaults are smaller on a CPU. Exit code 1 if a backend or a request failed.
     """
     import torch
 
@@ -82,6 +88,7 @@ def serve(
                 seconds,
                 rounds,
             ),
+            turns=turns,
             dtype=dtype,
             input_tokens=input_tokens or int(defaults["input"]),
             output_tokens=output_tokens or int(defaults["output"]),

@@ -10,17 +10,18 @@ from flashmla_backend.bench.serve.loads import Load
 
 @dataclass(frozen=True)
 class Plan:
-    """Every backend serves the model in turn and answers all loads."""
+    """Every server serves the model with one backend and answers all loads."""
 
     model: str
     backends: list[str]
     loads: list[Load]
+    turns: int  # servers of each backend
     dtype: str
     input_tokens: int
     output_tokens: int
     spread: float  # of both lengths, as a part of them: 0.5 draws from half to one and a half
     compiled: bool
-    timeout_s: float  # of one backend
+    timeout_s: float  # of one server
     logs: Path
     server_arguments: list[str]
 

@@ -3,12 +3,13 @@
 A report is a dict: "device", "torch", "engine", "date", "commit", "command", "model", "dtype", "input_tokens",
 "output_tokens", "spread", "served_by", "rows", "summary", "notes", "wall_s"; rows are {load, kind, value, prompts,
 <backend>: {completed, duration, *_throughput, ttft_ms, tpot_ms, itl_ms, e2el_ms}}, each *_ms {mean, p50, p90, p99}.
+Where several turns were asked for, these are medians, and <backend> also has "turns": [{turn, completed, ...}].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from flashmla_backend.bench import machine
 from flashmla_backend.bench.backends import OURS
 from flashmla_backend.bench.provenance import provenance
 from flashmla_backend.bench.serve.engine import Engine
+from flashmla_backend.bench.serve.measured import medians
 from flashmla_backend.bench.serve.plan import Plan
 from flashmla_backend.bench.serve.run import Results
 
@@ -27,7 +29,11 @@ def make(results: Results, engine: Engine, plan: Plan, command: Sequence[str], c
     rows = []
     for load in plan.loads:
         row: dict[str, Any] = {"load": load.name, "kind": load.kind, "value": load.value, "prompts": load.prompts}
-        row |= {who: measured[load.name] for who, measured in results.measured.items() if load.name in measured}
+        row |= {
+            who: together(measured[load.name], plan.turns)
+            for who, measured in results.measured.items()
+            if load.name in measured
+        }
         rows.append(row)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
@@ -44,6 +50,12 @@ def make(results: Results, engine: Engine, plan: Plan, command: Sequence[str], c
         "notes": results.notes,
         "wall_s": round(results.wall_s, 1),
     }
+
+
+def together(measured: Mapping[int, dict[str, Any]], turns: int) -> dict[str, Any]:
+    """Medians of what was measured, turn by turn; if several turns were asked for, also what each measured."""
+    found = medians(list(measured.values()))
+    return found if turns == 1 else found | {"turns": [{"turn": turn, **one} for turn, one in measured.items()]}
 
 
 def backends_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -105,4 +117,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"{words[name]}: geometric mean {s['geomean']:.3f}, least {s['min']:.3f}"
         for name, s in report["summary"].items()
     ]
+    measured = [row[who] for row in report["rows"] for who in backends_of([row])]
+    if turns := sorted({len(one["turns"]) for one in measured if "turns" in one}):  # fewer where some failed
+        said.insert(0, f"turns of a backend, whose medians these are: {' or '.join(map(str, turns))}")
     return said + [f"{who}: {line}" for who, line in report["served_by"].items()] + report["notes"]
