@@ -103,9 +103,10 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
             bool causal, float softmax_scale, uintptr_t q_latent, Strides q_latent_strides,
             uintptr_t q_rope, Strides q_rope_strides, uintptr_t kv, Strides kv_strides,
             uintptr_t seq_lens, uintptr_t block_table, int64_t block_table_stride, uintptr_t items,
-            uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t planned_lens,
-            uintptr_t faults, uintptr_t out, uintptr_t lse, uintptr_t partial_out,
-            uintptr_t partial_lse, int max_leaves, uintptr_t rooms, uintptr_t stream) {
+            uintptr_t part_offsets, uintptr_t split_offsets, uintptr_t query_offsets,
+            uintptr_t planned_lens, uintptr_t faults, uintptr_t out, uintptr_t lse,
+            uintptr_t partial_out, uintptr_t partial_lse, int max_leaves, uintptr_t rooms,
+            uintptr_t stream) {
   flashmla_decode_params p = decode_params(
       dtype, shape, page_size, num_pages, causal, softmax_scale, q_latent, q_latent_strides, q_rope,
       q_rope_strides, kv, kv_strides, seq_lens, block_table, block_table_stride, out, lse, stream);
@@ -113,6 +114,7 @@ void decode(int dtype, std::array<int, 4> shape, int page_size, int num_pages, i
   p.items = pointer<const int32_t>(items);
   p.part_offsets = pointer<const int32_t>(part_offsets);
   p.split_offsets = pointer<const int32_t>(split_offsets);
+  p.query_offsets = pointer<const int32_t>(query_offsets);
   p.planned_lens = pointer<const int32_t>(planned_lens);
   p.faults = pointer<flashmla_fault_box>(faults);
   p.partial_out = pointer<void>(partial_out);
@@ -177,8 +179,8 @@ PYBIND11_MODULE(_native, module) {
              "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,
              "block_table_stride"_a, "items"_a, "part_offsets"_a, "split_offsets"_a,
-             "planned_lens"_a, "faults"_a, "out"_a, "lse"_a, "partial_out"_a, "partial_lse"_a,
-             "max_leaves"_a, "rooms"_a, "stream"_a);
+             "query_offsets"_a, "planned_lens"_a, "faults"_a, "out"_a, "lse"_a, "partial_out"_a,
+             "partial_lse"_a, "max_leaves"_a, "rooms"_a, "stream"_a);
   module.def("naive_decode", &naive_decode, "dtype"_a, "shape"_a, "page_size"_a, "num_pages"_a,
              "causal"_a, "softmax_scale"_a, "q_latent"_a, "q_latent_strides"_a, "q_rope"_a,
              "q_rope_strides"_a, "kv"_a, "kv_strides"_a, "seq_lens"_a, "block_table"_a,

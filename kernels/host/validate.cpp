@@ -50,6 +50,20 @@ flashmla_status check_planned(const flashmla_decode_params& p) {
   return check_pointer("faults", p.faults, 8);
 }
 
+flashmla_status check_ragged(const flashmla_decode_params& p) {
+  if (p.query_offsets == nullptr) return FLASHMLA_OK;
+  if (p.max_leaves != 0) {
+    return fail(FLASHMLA_INVALID_ARGUMENT,
+                "query_offsets was given and max_leaves is %d; accepted: 0 with query_offsets",
+                p.max_leaves);
+  }
+  if (p.planned_lens != nullptr) {
+    return fail(FLASHMLA_INVALID_ARGUMENT,
+                "query_offsets and planned_lens were both given; accepted: one of them");
+  }
+  return check_pointer("query_offsets", p.query_offsets, 4);
+}
+
 // The first check that does not hold.
 template <typename... Checks>
 flashmla_status first_failure(const Checks&... checks) {
@@ -137,7 +151,7 @@ flashmla_status validate(const flashmla_decode_params& p) {
       pointer("seq_lens", p.seq_lens, 4), pointer("block_table", p.block_table, 4),
       pointer("items", p.items, 16), pointer("part_offsets", p.part_offsets, 4),
       pointer("split_offsets", p.split_offsets, 4), [&] { return check_planned(p); },
-      pointer("out", p.out, 16), pointer("lse", p.lse, 4),
+      [&] { return check_ragged(p); }, pointer("out", p.out, 16), pointer("lse", p.lse, 4),
       pointer("partial_out", p.partial_out, 128), pointer("partial_lse", p.partial_lse, 8),
       [&] { return p.max_leaves > 1 ? check_pointer("rooms", p.rooms, 128) : FLASHMLA_OK; });
 }

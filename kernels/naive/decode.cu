@@ -12,6 +12,11 @@ flashmla_status flashmla_naive_decode(const flashmla_decode_params* params) {
   const flashmla_decode_params& p = *params;
   const int64_t rows = int64_t{p.batch} * p.s_q * p.h_q;
   if (rows == 0) return FLASHMLA_OK;
+  if (p.query_offsets != nullptr) {
+    return fail(FLASHMLA_INVALID_ARGUMENT,
+                "query_offsets was given; accepted: null, since the naive kernel takes s_q query "
+                "tokens of every request");
+  }
   if (rows > INT_MAX) {
     return fail(FLASHMLA_INVALID_ARGUMENT,
                 "batch * s_q * h_q: %lld rows, but one launch takes up to %d",

@@ -17,7 +17,7 @@ __device__ __forceinline__ int log2_of_ratio(int large, int small) {
   return n - (n > 0 && small << n > large);
 }
 
-template <typename Element, int kBlocksPerSm>
+template <typename Element, bool kRagged, int kBlocksPerSm>
 __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     combine_kernel(const __grid_constant__ DecodeArguments a) {
   constexpr int kInFlight = 8 / kBlocksPerSm;  // vectors on their way: more warps, fewer registers
@@ -42,12 +42,16 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
   for (int base = 0; base < units; base += per_round) {
     // Neighbours go to different thread blocks: few rows, many SMs.
     const int unit = base + (warp >> group_log2) * gridDim.x + blockIdx.x;
-    const bool real = unit < units;
+    bool real = unit < units;
     const int half = unit % kRowHalves, row = a.all_rows.remainder(unit / kRowHalves);
     CutRequest request{};
     Merge merge;
     if (real) {
       request = requests(a.all_rows.divide(unit / kRowHalves));
+      // Nothing has been written of rows that the request has not.
+      if (kRagged) real = a.head_rows.remainder(row) < request_rows<kRagged>(a, request.number);
+    }
+    if (real) {
       const int64_t source = static_cast<int64_t>(request.first + member) * rows + row;
       merge.add_splits<kInFlight>(reinterpret_cast<const uint4*>(a.partial_out) +
                                       source * (kLatent / kVectorColumns) + 32 * half + lane,
@@ -68,7 +72,8 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
       __syncthreads();  // the next round writes what may still be read
     }
     if (real && (lane & (group - 1)) == 0) {
-      const int64_t target = output_row(a, request.number, row);
+      const int kv_head = a.head_rows.divide(row), head_row = a.head_rows.remainder(row);
+      const int64_t target = output_row<kRagged>(a, request.number, kv_head, head_row);
       reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + vector] =
           out;
       if (half == 0 && vector == 0) a.lse[target] = merge.log_sum();

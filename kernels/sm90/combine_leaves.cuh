@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
       if (2 * step < active) {
         node = merged.round();
       } else {
-        const int64_t target = output_row(a, request.number, row);
+        const int64_t target = output_row<false>(a, request.number, a.head_rows.divide(row),
+                                                 a.head_rows.remainder(row));
         reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + lane] =
             in_column_order(pack_vector<Element>(merged.out, 1.0f));
         if (half == 0 && lane == 0) a.lse[target] = merged.lse;

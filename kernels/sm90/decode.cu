@@ -52,7 +52,7 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, int box_tokens, CUt
 
 int row_tiles_of(const DecodeArguments& a) { return (a.rows + kTileRows - 1) / kTileRows; }
 
-template <typename Element, bool kInvariant>
+template <typename Element, bool kInvariant, bool kRagged>
 cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArguments& arguments) {
   constexpr int kSms = 132;
   const int half_rows = p.batch * p.h_kv * arguments.rows * kRowHalves;
@@ -65,17 +65,18 @@ cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArgument
   } else {
     // With more half rows than warps, each warp has several, and waits for one after the other.
     const bool many = half_rows > kSms * kCombineWarps;
-    return many ? run(combine_kernel<Element, 2>, 2) : run(combine_kernel<Element, 1>, 1);
+    return many ? run(combine_kernel<Element, kRagged, 2>, 2)
+                : run(combine_kernel<Element, kRagged, 1>, 1);
   }
 }
 
-template <typename Element, bool kInvariant, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
 flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
                        int device) {
   constexpr size_t kSharedBytes =
       sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
   static std::atomic<uint64_t> allowed{0};
-  const auto decode = decode_kernel<Element, kInvariant, kClusterSize>;
+  const auto decode = decode_kernel<Element, kInvariant, kRagged, kClusterSize>;
   if (const flashmla_status status = allow_shared_memory(reinterpret_cast<const void*>(decode),
                                                          kSharedBytes, device, &allowed))
     return status;
@@ -84,7 +85,7 @@ flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& a
       launch_dependent(decode, grid, kThreads, kSharedBytes, p.stream, arguments, kClusterSize);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "decode launch: %s", cudaGetErrorString(error));
-  error = launch_combine<Element, kInvariant>(p, arguments);
+  error = launch_combine<Element, kInvariant, kRagged>(p, arguments);
   if (error != cudaSuccess)
     return fail(FLASHMLA_CUDA_ERROR, "combine launch: %s", cudaGetErrorString(error));
   if (arguments.planned_lens == nullptr || arguments.box_log2 == kTileLog2) return FLASHMLA_OK;
@@ -117,6 +118,7 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.items = reinterpret_cast<const int4*>(p.items);
   arguments.part_offsets = p.part_offsets;
   arguments.split_offsets = p.split_offsets;
+  arguments.query_offsets = p.query_offsets;
   arguments.planned_lens = p.planned_lens;
   arguments.faults = p.faults;
   arguments.out = p.out;
@@ -136,17 +138,19 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  const auto launch_as = [&](auto invariant, auto cluster_size) {
-    constexpr bool kInvariant = decltype(invariant)::value;
+  const auto launch_as = [&](auto invariant, auto ragged, auto cluster_size) {
+    constexpr bool kInvariant = decltype(invariant)::value, kRagged = decltype(ragged)::value;
     constexpr int kClusterSize = decltype(cluster_size)::value;
     return p.dtype == FLASHMLA_BF16
-               ? launch<__nv_bfloat16, kInvariant, kClusterSize>(p, arguments, device)
-               : launch<__half, kInvariant, kClusterSize>(p, arguments, device);
+               ? launch<__nv_bfloat16, kInvariant, kRagged, kClusterSize>(p, arguments, device)
+               : launch<__half, kInvariant, kRagged, kClusterSize>(p, arguments, device);
   };
-  const auto launch_mode = [&](auto invariant) {
+  const auto launch_mode = [&](auto invariant, auto ragged) {
     return row_tiles_of(arguments) % 2 == 0
-               ? launch_as(invariant, std::integral_constant<int, 2>{})
-               : launch_as(invariant, std::integral_constant<int, 1>{});
+               ? launch_as(invariant, ragged, std::integral_constant<int, 2>{})
+               : launch_as(invariant, ragged, std::integral_constant<int, 1>{});
   };
-  return p.max_leaves == 0 ? launch_mode(std::false_type{}) : launch_mode(std::true_type{});
+  if (p.query_offsets != nullptr) return launch_mode(std::false_type{}, std::true_type{});
+  return p.max_leaves == 0 ? launch_mode(std::false_type{}, std::false_type{})
+                           : launch_mode(std::true_type{}, std::false_type{});
 }

@@ -33,14 +33,15 @@ namespace flashmla {
 using QueryRegisters = uint32_t[kRegisterTiles][4][4];
 
 // Each thread loads whole 16-byte vectors, every fourth of its two rows; see arrange.
+template <bool kRagged>
 __device__ __forceinline__ void load_query_registers(const DecodeArguments& a, int request,
                                                      int kv_head, int row_begin,
                                                      QueryRegisters& q) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = min(row_begin + accumulator_row(r), a.rows - 1);
+    const int row = min(row_begin + accumulator_row(r), request_rows<kRagged>(a, request) - 1);
     const auto* source =
-        reinterpret_cast<const uint4*>(query_row(a, a.q_latent, request, kv_head, row)) +
+        reinterpret_cast<const uint4*>(query_row<kRagged>(a, a.q_latent, request, kv_head, row)) +
         kFirstRegisterTile * 8 + threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 2 * kRegisterTiles; ++i) {
@@ -195,7 +196,7 @@ __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& i
   span.advance(a, item, length);
 }
 
-template <typename Element, bool kInvariant, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -208,13 +209,14 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   QueryRegisters q_registers;
   const auto load_next_query = [&](int i) {
     if (i < last)
-      load_query_registers(a, Item(__ldg(a.items + i)).request, kv_head, row_begin, q_registers);
+      load_query_registers<kRagged>(a, Item(__ldg(a.items + i)).request, kv_head, row_begin,
+                                    q_registers);
   };
   load_next_query(first);
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) {
-      store_empty<Element>(a, item, kv_head, row_begin);
+      store_empty<Element, kRagged>(a, item, kv_head, row_begin);
       load_next_query(i + 1);
       continue;
     }
@@ -222,8 +224,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     int limit[2];  // tokens that each of this thread's rows sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = a.group.divide(min(row_begin + accumulator_row(r), a.rows - 1));
-      limit[r] = a.causal ? length - a.s_q + token + 1 : length;
+      const int last_row = request_rows<kRagged>(a, item.request) - 1;
+      const int token = a.group.divide(min(row_begin + accumulator_row(r), last_row));
+      limit[r] = a.causal ? length - request_queries<kRagged>(a, item.request) + token + 1 : length;
       ptx::pin_register(limit[r]);  // or every page would work it out
     }
     OnlineSoftmax softmax;
@@ -316,14 +319,14 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       factor[r] = kInvariant ? result[r].factor : softmax.row(r).inverse();
       lse[r] = kInvariant ? result[r].lse : softmax.row(r).lse();
     }
-    store_output<Element>(a, item, kv_head, row_begin, 0, o, factor);
+    store_output<Element, kRagged>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int row = row_begin + accumulator_row(r);
-        if (row >= a.rows) continue;
+        if (row >= request_rows<kRagged>(a, item.request)) continue;
         if (whole) {
-          a.lse[output_row(a, item.request, kv_head, row)] = lse[r];
+          a.lse[output_row<kRagged>(a, item.request, kv_head, row)] = lse[r];
         } else {
           a.partial_lse[partial_row(a, item.split, kv_head, row)].lse = lse[r];
         }
@@ -332,19 +335,19 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   }
 }
 
-template <typename Element, bool kInvariant, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared& shared,
                                           int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
-  load_first_queries(a, shared, row_begin, kv_head, first, last);
+  load_first_queries<kRagged>(a, shared, row_begin, kv_head, first, last);
   float o[128];
   uint32_t p[4][4];
   for (int i = first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) {
-      store_empty<Element>(a, item, kv_head, row_begin);
+      store_empty<Element, kRagged>(a, item, kv_head, row_begin);
       continue;
     }
     const int length = request_length(a, item.request);
@@ -411,12 +414,12 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : leaf[r].inverse();
-    store_output<Element>(a, item, kv_head, row_begin, 1, o, factor);
+    store_output<Element, kRagged>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }
 
 // grid: (row tiles, H_kv, parts), so that neighbours read the same pages at the same time.
-template <typename Element, bool kInvariant, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ uint8_t raw_shared[];
@@ -461,17 +464,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x < 64) {
       stream_pages<true, kClusterSize>(a, shared, kv_head, first, last);
     } else {
-      stream_queries(a, shared, row_begin, kv_head, first, last);
+      stream_queries<kRagged>(a, shared, row_begin, kv_head, first, last);
       if (threadIdx.x < 96 && blockIdx.x + kv_head == 0) report_stale_plan(a, first, last);
     }
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
-    run_left<Element, kInvariant, kClusterSize>(a, shared, row_begin, kv_head, first, last);
+    run_left<Element, kInvariant, kRagged, kClusterSize>(a, shared, row_begin, kv_head, first,
+                                                         last);
   } else {
     ptx::register_increase<kRightRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
-    run_right<Element, kInvariant, kClusterSize>(a, shared, row_begin, kv_head, first, last);
+    run_right<Element, kInvariant, kRagged, kClusterSize>(a, shared, row_begin, kv_head, first,
+                                                          last);
   }
 }
 

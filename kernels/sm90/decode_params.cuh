@@ -59,28 +59,49 @@ struct DecodeArguments {
   __half* partial_out;
   PartialState* partial_lse;
   uint8_t* rooms;
-  int batch, s_q, h_q, h_kv;
-  int rows;                // s_q * h_q / h_kv
-  Divisor group;           // h_q / h_kv
-  Divisor head_rows;       // rows, of one KV head
-  Divisor all_rows;        // h_kv * rows
-  Divisor tiles_per_page;  // page_size / 64, 1 where pages are smaller
-  int max_leaves;          // 0: not batch-invariant
+  int batch, s_q, h_q, h_kv;  // s_q: query tokens of a request, or the most of any
+  int rows;                   // s_q * h_q / h_kv
+  Divisor group;              // h_q / h_kv
+  Divisor head_rows;          // rows, of one KV head
+  Divisor all_rows;           // h_kv * rows
+  Divisor tiles_per_page;     // page_size / 64, 1 where pages are smaller
+  int max_leaves;             // 0: not batch-invariant
   bool causal;
   float scale_log2;  // softmax scale * log2(e)
   int box_log2;      // a TMA box holds 2^box_log2 tokens of a page: 64, or a smaller page
+  const int32_t* query_offsets;  // null unless requests differ in their query tokens
 };
 
-// Offset of row `row` of KV head `kv_head` in [B, S_q, H_q].
+// kRagged: requests differ in their query tokens, which lie one after the other, without padding.
+// Row tiles are of the most that any has; rows past a request's own are computed as its last one,
+// since nothing of others may be in a tile, and stored nowhere.
+
+// Query tokens of a request.
+template <bool kRagged>
+__device__ __forceinline__ int request_queries(const DecodeArguments& a, int request) {
+  if constexpr (!kRagged) return a.s_q;
+  return __ldg(a.query_offsets + request + 1) - __ldg(a.query_offsets + request);
+}
+
+// Query rows of a request and KV head.
+template <bool kRagged>
+__device__ __forceinline__ int request_rows(const DecodeArguments& a, int request) {
+  if constexpr (!kRagged) return a.rows;
+  return request_queries<kRagged>(a, request) * static_cast<int>(a.group.divisor);
+}
+
+// Offset of row `row` of KV head `kv_head` in [B, S_q, H_q], or in [T, H_q].
+template <bool kRagged>
 __device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int request, int kv_head,
                                               int row) {
   const int token = a.group.divide(row), head = a.group.remainder(row), group = a.group.divisor;
-  return (static_cast<int64_t>(request) * a.s_q + token) * a.h_q + kv_head * group + head;
-}
-
-// The same of a row among those of all KV heads, one after the other.
-__device__ __forceinline__ int64_t output_row(const DecodeArguments& a, int request, int row) {
-  return output_row(a, request, a.head_rows.divide(row), a.head_rows.remainder(row));
+  int64_t first;
+  if constexpr (kRagged) {
+    first = __ldg(a.query_offsets + request);
+  } else {
+    first = static_cast<int64_t>(request) * a.s_q;
+  }
+  return (first + token) * a.h_q + kv_head * group + head;
 }
 
 // Offset of the same row in [splits, H_kv, rows]; without a sign, which would take a register.

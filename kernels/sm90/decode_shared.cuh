@@ -95,10 +95,12 @@ struct Item {
 };
 
 // Row `row` of this KV head in one part of Q.
+template <bool kRagged>
 __device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a,
                                                      const flashmla_query& q, int request,
                                                      int kv_head, int row) {
-  return static_cast<const uint16_t*>(q.data) + request * q.batch_stride +
+  return static_cast<const uint16_t*>(q.data) +
+         (kRagged ? __ldg(a.query_offsets + request) * q.token_stride : request * q.batch_stride) +
          a.group.divide(row) * q.token_stride +
          (kv_head * static_cast<int>(a.group.divisor) + a.group.remainder(row)) * q.head_stride;
 }

@@ -66,18 +66,20 @@ __device__ __forceinline__ float largest_of_row(const float (&o)[128], int r) {
 
 // One half of O, [64, 256] of this warpgroup, to the output or to the partial results; there as
 // fp16, since writing and reading them back is what cutting costs.
-template <typename Element>
+template <typename Element, bool kRagged>
 __device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
                                              int kv_head, int row_begin, int half,
                                              const float (&o)[128], const float (&inverse_sum)[2]) {
   const int column = half * (kLatent / 2);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = min(row_begin + accumulator_row(r), a.rows - 1);
-    const bool valid = row_begin + accumulator_row(r) < a.rows;
+    const int rows = request_rows<kRagged>(a, item.request);
+    const int row = min(row_begin + accumulator_row(r), rows - 1);
+    const bool valid = row_begin + accumulator_row(r) < rows;
     if (item.split < 0) {
       store_row<Element, true>(static_cast<Element*>(a.out) +
-                                   output_row(a, item.request, kv_head, row) * kLatent + column,
+                                   output_row<kRagged>(a, item.request, kv_head, row) * kLatent +
+                                   column,
                                valid, r, o, inverse_sum[r]);
       continue;
     }
@@ -91,19 +93,20 @@ __device__ __forceinline__ void store_output(const DecodeArguments& a, const Ite
 }
 
 // Out and LSE of a request without tokens; all 256 consumer threads.
-template <typename Element>
+template <typename Element, bool kRagged>
 __device__ __forceinline__ void store_empty(const DecodeArguments& a, const Item& item, int kv_head,
                                             int row_begin) {
   const int thread = threadIdx.x - 128;
-  const int rows = min(kTileRows, a.rows - row_begin);
+  const int rows = min(kTileRows, request_rows<kRagged>(a, item.request) - row_begin);
 #pragma unroll 1
   for (int i = thread; i < rows * kLatent / 8; i += 256) {
-    const int64_t row = output_row(a, item.request, kv_head, row_begin + i / (kLatent / 8));
+    const int64_t row =
+        output_row<kRagged>(a, item.request, kv_head, row_begin + i / (kLatent / 8));
     reinterpret_cast<uint4*>(static_cast<Element*>(a.out) + row * kLatent)[i % (kLatent / 8)] =
         uint4{};
   }
   if (thread < rows)
-    a.lse[output_row(a, item.request, kv_head, row_begin + thread)] = kNegativeInfinity;
+    a.lse[output_row<kRagged>(a, item.request, kv_head, row_begin + thread)] = kNegativeInfinity;
 }
 
 }  // namespace flashmla

@@ -171,7 +171,7 @@ constexpr int kQueryArrivals = 128;  // at q_full, by as many threads or by half
 
 // The valid rows of an item's Q by `kThreads` threads, each of which owns a 16-byte column of the
 // tiles in shared memory, of all rows or of every kStep-th.
-template <int kThreads>
+template <bool kRagged, int kThreads>
 __device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeShared& shared,
                                              int row_begin, int kv_head, int request, int thread) {
   constexpr int kStep = kThreads / (kQueryTiles * 8);  // rows
@@ -179,10 +179,12 @@ __device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeSha
   const flashmla_query& part = slot == kFirstRegisterTile ? a.q_rope : a.q_latent;
   const int column = slot == kFirstRegisterTile ? chunk * 8 : slot * 64 + chunk * 8;
   const int rows = thread / 8 < kStep * kQueryTiles ? min(kTileRows, a.rows - row_begin) : 0;
+  const int own = request_rows<kRagged>(a, request);
 #pragma unroll 4
   for (int r = thread / (kQueryTiles * 8); r < rows; r += kStep) {
+    const int row = kRagged ? min(row_begin + r, own - 1) : row_begin + r;
     ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16),
-                       query_row(a, part, request, kv_head, row_begin + r) + column);
+                       query_row<kRagged>(a, part, request, kv_head, row) + column);
   }
   ptx::copy_async_wait_all();
   ptx::fence_async_proxy();
@@ -207,17 +209,19 @@ __device__ __forceinline__ void zero_absent_rows(DecodeShared& shared, int rows)
 }
 
 // By a warpgroup. The first item's queries are waited for, so that two warps would be few.
+template <bool kRagged>
 __device__ __forceinline__ void load_first_queries(const DecodeArguments& a, DecodeShared& shared,
                                                    int row_begin, int kv_head, int first,
                                                    int last) {
   first = first_with_pages(a, first, last);
   if (first == last) return;
   zero_absent_rows(shared, a.rows - row_begin);
-  load_queries<128>(a, shared, row_begin, kv_head, Item(__ldg(a.items + first)).request,
-                    threadIdx.x % 128);
+  load_queries<kRagged, 128>(a, shared, row_begin, kv_head, Item(__ldg(a.items + first)).request,
+                             threadIdx.x % 128);
 }
 
 // By two warps: those of all further items.
+template <bool kRagged>
 __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
                                                int row_begin, int kv_head, int first, int last) {
   uint32_t parity = 0;
@@ -225,7 +229,7 @@ __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeS
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) continue;
     ptx::mbarrier_wait(&shared.q_empty, parity);
-    load_queries<64>(a, shared, row_begin, kv_head, item.request, threadIdx.x % 128 - 64);
+    load_queries<kRagged, 64>(a, shared, row_begin, kv_head, item.request, threadIdx.x % 128 - 64);
     parity ^= 1;
   }
 }

@@ -16,17 +16,28 @@
 
 constexpr int kWidth = 576, kLatent = 512;
 constexpr int32_t kPoisonPage = 2147480000;  // an entry past the length; following it would fault
+constexpr int64_t kPoisonStride = int64_t{1} << 38;  // an allowed one; following it would fault
 
 struct Shape {
   const char* name;
   flashmla_dtype dtype;
-  int s_q, h_q, h_kv, page_size;
+  int s_q, h_q, h_kv, page_size;  // s_q: of a request, or the most of any
   bool causal;
   float scale;
   std::vector<int32_t> lengths;
+  std::vector<int32_t> queries = {};  // tokens of each request; empty: s_q each
 
   int batch() const { return static_cast<int>(lengths.size()); }
-  int rows() const { return s_q * h_q; }  // of one request
+  bool ragged() const { return !queries.empty(); }
+  std::vector<int32_t> query_offsets() const {  // [B + 1]
+    std::vector<int32_t> offsets{0};
+    for (int i = 0; i < batch(); ++i) offsets.push_back(offsets[i] + (ragged() ? queries[i] : s_q));
+    return offsets;
+  }
+  int tokens() const { return query_offsets().back(); }
+  // Past the last one, owned by nobody: where kernels would come that take s_q of every request.
+  int spare_tokens() const { return ragged() ? s_q : 0; }
+  int rows() const { return s_q * h_q; }  // of one request, or the most of any
   int pages_of(int length) const { return (length + page_size - 1) / page_size; }
   int table_width() const {
     return pages_of(*std::max_element(lengths.begin(), lengths.end())) + 1;
@@ -50,7 +61,7 @@ inline float from_bits(uint16_t bits, flashmla_dtype dtype) {
 
 struct Problem {
   Shape shape;
-  std::vector<uint16_t> q;     // [B, S_q, H_q, 576]
+  std::vector<uint16_t> q;     // [tokens + spare ones, H_q, 576], NaN in the latter
   std::vector<uint16_t> kv;    // [P, page_size, H_kv, 576], NaN wherever no request has written
   std::vector<int32_t> table;  // [B, W]
 
@@ -65,11 +76,12 @@ inline Problem make_problem(const Shape& shape) {
   std::mt19937 random(7);
   std::normal_distribution<float> normal;
   Problem problem{shape, {}, {}, {}};
-  problem.q.resize(size_t{1} * shape.batch() * shape.rows() * kWidth);
+  const uint16_t poison = to_bits(std::numeric_limits<float>::quiet_NaN(), shape.dtype);
+  problem.q.resize(size_t{1} * shape.tokens() * shape.h_q * kWidth);
   for (auto& x : problem.q) x = to_bits(normal(random), shape.dtype);
+  problem.q.resize(problem.q.size() + shape.spare_tokens() * shape.h_q * kWidth, poison);
 
-  problem.kv.assign(size_t{1} * shape.num_pages() * shape.page_size * shape.h_kv * kWidth,
-                    to_bits(std::numeric_limits<float>::quiet_NaN(), shape.dtype));
+  problem.kv.assign(size_t{1} * shape.num_pages() * shape.page_size * shape.h_kv * kWidth, poison);
   problem.table.assign(shape.batch() * shape.table_width(), kPoisonPage);
   std::vector<int32_t> pages(shape.num_pages());
   for (size_t i = 0; i < pages.size(); ++i) pages[i] = static_cast<int32_t>(i);
@@ -88,20 +100,24 @@ inline Problem make_problem(const Shape& shape) {
 }
 
 struct Answer {
-  std::vector<double> out;  // [B, S_q, H_q, 512]
-  std::vector<double> lse;  // [B, S_q, H_q]
+  std::vector<double> out;  // [tokens, H_q, 512]
+  std::vector<double> lse;  // [tokens, H_q]
 };
 
 inline Answer host_decode(const Problem& problem) {
   const Shape& shape = problem.shape;
-  const int rows = shape.batch() * shape.rows();
+  const std::vector<int32_t> offsets = shape.query_offsets();
+  const int rows = shape.tokens() * shape.h_q;
   Answer answer{std::vector<double>(size_t{1} * rows * kLatent),
                 std::vector<double>(rows, -std::numeric_limits<double>::infinity())};
+  int request = 0;
   for (int row = 0; row < rows; ++row) {
-    const int request = row / shape.rows(), query = row % shape.rows() / shape.h_q;
+    const int token = row / shape.h_q;
+    if (token == offsets[request + 1]) ++request;
+    const int later_queries = offsets[request + 1] - 1 - token;
     const int kv_head = row % shape.h_q / (shape.h_q / shape.h_kv);
     const int length = shape.lengths[request];
-    const int visible = shape.causal ? length - shape.s_q + query + 1 : length;
+    const int visible = shape.causal ? length - later_queries : length;
     if (visible <= 0) continue;
     double q[kWidth];
     for (int i = 0; i < kWidth; ++i)

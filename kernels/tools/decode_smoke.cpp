@@ -1,58 +1,21 @@
 // Small decodes on the GPU with no Python in sight, against double precision on the host: with a
-// schedule made by hand, with the device scheduler's, with lengths out of bounds, and by the
-// textbook kernel. Prints one line for each case. Exit code: 0 all are right, 1 one is not, 2 no
-// device.
+// schedule made by hand, with the device scheduler's, with lengths out of bounds, with requests
+// that differ in their query tokens, and by the textbook kernel. Prints one line for each case.
+// Exit code: 0 all are right, 1 one is not, 2 no device.
 #include <cuda_runtime_api.h>
 
 #include <climits>
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 
 #include "decode_problem.h"
+#include "device_room.h"
 #include "flashmla/bounds.h"
 #include "flashmla/device.h"
 #include "flashmla/naive.h"
 #include "flashmla/schedule.h"
 
 namespace {
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL %s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-// Device memory with no initial value, so that a sanitizer sees reads of what nobody wrote.
-template <typename T>
-class Room {
- public:
-  explicit Room(size_t count) : count_(count) {
-    void* pointer = nullptr;
-    check(cudaMalloc(&pointer, count * sizeof(T)), "cudaMalloc");
-    memory_.reset(static_cast<T*>(pointer));
-  }
-  explicit Room(const std::vector<T>& host) : Room(host.size()) {
-    check(cudaMemcpy(get(), host.data(), count_ * sizeof(T), cudaMemcpyHostToDevice),
-          "cudaMemcpy to the device");
-  }
-  T* get() const { return memory_.get(); }
-  std::vector<T> to_host() const {
-    std::vector<T> host(count_);
-    check(cudaMemcpy(host.data(), get(), count_ * sizeof(T), cudaMemcpyDeviceToHost),
-          "cudaMemcpy to the host");
-    return host;
-  }
-  // All ones is NaN in every type here: what a kernel fails to write is found.
-  void poison() { check(cudaMemset(get(), 0xff, count_ * sizeof(T)), "cudaMemset"); }
-
- private:
-  struct Free {
-    void operator()(T* pointer) const { cudaFree(pointer); }
-  };
-  size_t count_;
-  std::unique_ptr<T, Free> memory_;
-};
 
 // Work items of one step; without them the device scheduler makes a schedule for `parts`.
 struct Plan {
@@ -71,11 +34,12 @@ class Case {
         kv_(problem_.kv),
         table_(problem_.table),
         seq_lens_(shape.lengths),
+        query_offsets_(shape.query_offsets()),
         items_(4 * std::max(shape.batch(), FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts)),
         part_offsets_(plan.parts + 1),
         split_offsets_(shape.batch() + 1),
-        out_(expected_.out.size()),
-        lse_(expected_.lse.size()),
+        out_(expected_.out.size() + shape.spare_tokens() * shape.h_q * kLatent),
+        lse_(expected_.lse.size() + shape.spare_tokens() * shape.h_q),
         partial_out_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows() *
                      kLatent / 2),  // of fp16
         partial_lse_(size_t{2} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
@@ -172,7 +136,8 @@ class Case {
     p.num_parts = plan_.parts;
     p.causal = shape_.causal;
     p.softmax_scale = shape_.scale;
-    p.q_latent = {q_.get(), shape_.rows() * kWidth, shape_.h_q * kWidth, kWidth};
+    p.q_latent = {q_.get(), shape_.ragged() ? kPoisonStride : shape_.rows() * kWidth,
+                  shape_.h_q * kWidth, kWidth};
     p.q_rope = p.q_latent;
     p.q_rope.data = q_.get() + kLatent;
     p.kv = kv_.get();
@@ -185,6 +150,7 @@ class Case {
     p.items = items_.get();
     p.part_offsets = part_offsets_.get();
     p.split_offsets = split_offsets_.get();
+    p.query_offsets = shape_.ragged() ? query_offsets_.get() : nullptr;
     p.out = out_.get();
     p.lse = lse_.get();
     p.partial_out = partial_out_.get();
@@ -228,13 +194,15 @@ class Case {
     const auto lse = lse_.to_host();
     int wrong = 0;
     double worst = 0;
-    for (size_t i = 0; i < out.size(); ++i) {
+    for (size_t i = 0; i < expected_.out.size(); ++i) {
       const double x = from_bits(out[i], shape_.dtype);
       wrong += !near(x, expected_.out[i], 8e-4, 2.01 / 128);
       worst = std::max(worst, std::fabs(x - expected_.out[i]));
     }
-    for (size_t i = 0; i < lse.size(); ++i)
+    for (size_t i = 0; i < expected_.lse.size(); ++i)
       wrong += !near(lse[i], expected_.lse[i], 1e-6, 8.01 / 65536);
+    wrong += Room<uint16_t>::overwritten(out, expected_.out.size());
+    wrong += Room<float>::overwritten(lse, expected_.lse.size());
     std::printf("%s %s, %s: %d of %zu values out of bounds, largest error of out %.2e\n",
                 wrong ? "FAIL" : "OK", what, shape_.name, wrong, out.size() + lse.size(), worst);
     return wrong == 0;
@@ -245,7 +213,7 @@ class Case {
   Problem problem_;
   Answer expected_;
   Room<uint16_t> q_, kv_;
-  Room<int32_t> table_, seq_lens_, items_, part_offsets_, split_offsets_;
+  Room<int32_t> table_, seq_lens_, query_offsets_, items_, part_offsets_, split_offsets_;
   Room<uint16_t> out_;
   Room<float> lse_, partial_out_, partial_lse_;
 };
@@ -314,6 +282,33 @@ int main() {
                      0.07f,
                      std::vector<int32_t>(40, 70)};
   many_rows.lengths[0] = many_rows.lengths[37] = 1500;
+  // Each has requests that are cut and ask fewer queries than others, an empty one, and one with
+  // fewer tokens than queries.
+  const Shape ragged = {"16 heads, 1 to 4 queries", FLASHMLA_BF16,  4, 16, 1, 64, true, 0.07f,
+                        {900, 2500, 1, 0, 65},      {1, 4, 2, 3, 1}};
+  const Shape ragged_row_tiles = {
+      "128 heads, 1 or 2 queries", FLASHMLA_FP16,  2, 128, 1, 64, true, 0.07f,
+      {700, 330, 0, 1, 90},        {2, 1, 1, 2, 1}};
+  const Shape ragged_small_pages = {"20 heads, 1 to 7 queries, pages of 16",
+                                    FLASHMLA_BF16,
+                                    7,
+                                    20,
+                                    1,
+                                    16,
+                                    true,
+                                    0.07f,
+                                    {200, 1, 3, 700, 0, 64},
+                                    {7, 1, 5, 3, 4, 2}};
+  const Shape ragged_kv_heads = {"two KV heads, 1 to 3 queries, no mask",
+                                 FLASHMLA_FP16,
+                                 3,
+                                 12,
+                                 2,
+                                 128,
+                                 false,
+                                 0.07f,
+                                 {1000, 2, 0, 129},
+                                 {2, 3, 2, 1}};
   Case cases[] = {{by_hand, kByHand},
                   {cut, device_schedule(8)},
                   {many, device_schedule(3)},
@@ -330,6 +325,10 @@ int main() {
   for (int parts : {1, 2, 8}) right &= Case(cut, device_schedule(parts)).invariant_decode();
   right &= Case(row_tiles, device_schedule(4)).invariant_decode();
   right &= Case(kv_heads, device_schedule(4)).invariant_decode();
+  right &= Case(ragged, device_schedule(8)).decode();
+  right &= Case(ragged_row_tiles, device_schedule(4)).decode();
+  right &= Case(ragged_small_pages, device_schedule(3)).decode();
+  right &= Case(ragged_kv_heads, device_schedule(4)).decode();
   right &= Case(cut, device_schedule(8)).checked_decode();
   right &= Case(many, device_schedule(3)).checked_decode();
   right &= Case(small_pages, device_schedule(3)).checked_decode();

@@ -21,6 +21,8 @@
 
 namespace {
 
+constexpr uintptr_t kAddress = 0x7000'0000'0080;
+
 // Values made of bytes, zeros once they run out.
 class Source {
  public:
@@ -85,10 +87,10 @@ class Source {
     }
   }
 
-  // An address that nobody may follow.
+  // Mostly `good`, by default an address that nobody may follow.
   template <typename T>
-  T* address() {
-    return reinterpret_cast<T*>(number<uintptr_t>(0x7000'0000'0080));
+  T* address(uintptr_t good = kAddress) {
+    return reinterpret_cast<T*>(number(good));
   }
 
  private:
@@ -128,6 +130,9 @@ bool documented(const flashmla_decode_params& p) {
   for (const flashmla_query& q : {p.q_latent, p.q_rope})
     if (!strides({q.batch_stride, q.token_stride, q.head_stride}, 0) || !aligned(q.data, 16))
       return false;
+  if (p.query_offsets != nullptr &&
+      (!aligned(p.query_offsets, 4) || p.max_leaves != 0 || p.planned_lens != nullptr))
+    return false;
   return strides({p.kv_page_stride, p.kv_row_stride, p.kv_head_stride}, 8) && aligned(p.kv, 16) &&
          aligned(p.seq_lens, 4) && aligned(p.block_table, 4) && aligned(p.items, 16) &&
          aligned(p.part_offsets, 4) && aligned(p.split_offsets, 4) && aligned(p.out, 16) &&
@@ -172,7 +177,8 @@ bool judge(const char* what, flashmla_status status, bool documented) {
   return status == FLASHMLA_OK;
 }
 
-bool fuzz_decode(Source source) {
+// `ragged`: mostly with query_offsets, else mostly with all that is refused beside them.
+bool fuzz_decode(Source source, bool ragged) {
   flashmla_decode_params p{};
   p.dtype = source.number<int>(FLASHMLA_FP16);
   p.batch = source.number(3);
@@ -204,11 +210,12 @@ bool fuzz_decode(Source source) {
   p.lse = source.address<float>();
   p.partial_out = source.address<void>();
   p.partial_lse = source.address<void>();
-  p.planned_lens = source.address<int32_t>();
+  p.query_offsets = source.address<int32_t>(ragged ? kAddress : 0);
+  p.planned_lens = source.address<int32_t>(ragged ? 0 : kAddress);
   p.faults = source.address<flashmla_fault_box>();
-  p.max_leaves = source.number(16);
+  p.max_leaves = source.number(ragged ? 0 : 16);
   p.rooms = source.address<float>();
-  return judge("decode", flashmla::validate(p), documented(p));
+  return judge(ragged ? "ragged decode" : "decode", flashmla::validate(p), documented(p));
 }
 
 bool fuzz_schedule(Source source) {
@@ -244,7 +251,8 @@ bool fuzz_bounds(Source source) {
 #ifdef FLASHMLA_LIBFUZZER
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  fuzz_decode({data, size});
+  fuzz_decode({data, size}, false);
+  fuzz_decode({data, size}, true);
   fuzz_schedule({data, size});
   fuzz_bounds({data, size});
   return 0;
@@ -256,15 +264,16 @@ int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 200000;
   std::mt19937 random(argc > 2 ? std::atoi(argv[2]) : 0);
   std::vector<uint8_t> bytes(512);
-  int decodes = 0, schedules = 0, bounds = 0;
+  int decodes = 0, ragged = 0, schedules = 0, bounds = 0;
   for (int i = 0; i < cases; ++i) {
     for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random() >> 5);
-    decodes += fuzz_decode({bytes.data(), bytes.size()});
+    decodes += fuzz_decode({bytes.data(), bytes.size()}, false);
+    ragged += fuzz_decode({bytes.data(), bytes.size()}, true);
     schedules += fuzz_schedule({bytes.data(), bytes.size()});
     bounds += fuzz_bounds({bytes.data(), bytes.size()});
   }
-  std::printf("OK %d cases each: %d decodes, %d schedules, %d bounds accepted\n", cases, decodes,
-              schedules, bounds);
+  std::printf("OK %d cases each: %d decodes, %d ragged, %d schedules, %d bounds accepted\n", cases,
+              decodes, ragged, schedules, bounds);
   return 0;
 }
 

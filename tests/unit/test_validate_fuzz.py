@@ -37,8 +37,8 @@ def fuzz(folder: Path, sources: tuple[Path, ...], cases: int, seed: int) -> subp
 def test_validation_is_what_the_headers_document(tmp_path: Path) -> None:
     done = fuzz(tmp_path, HOST, cases=400_000, seed=1)
     assert done.returncode == 0, done.stdout + done.stderr
-    words = done.stdout.split()  # OK N cases each: D decodes, S schedules, B bounds accepted
-    assert words[0] == "OK" and min(map(int, words[4:9:2])) > 100_000  # it is not all refused either
+    words = done.stdout.split()  # OK N cases each: D decodes, R ragged, S schedules, B bounds accepted
+    assert words[0] == "OK" and min(map(int, words[4:11:2])) > 100_000  # it is not all refused either
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,8 @@ def test_validation_is_what_the_headers_document(tmp_path: Path) -> None:
     [
         ("kMaxGrid = 65535", "kMaxGrid = 65536", "accepted outside the documented limits"),
         ("stride % 8 == 0", "stride % 16 == 0", "refused within the documented limits"),
+        ("p.max_leaves != 0", "p.max_leaves > 1", "accepted outside the documented limits"),
+        ("query_offsets, 4)", "query_offsets, 1)", "accepted outside the documented limits"),
         ("p.s_q > INT_MAX / p.h_q / p.batch", "p.s_q * p.h_q * p.batch < 0", "signed integer overflow"),
     ],
 )

@@ -52,6 +52,12 @@ typedef struct flashmla_decode_params {
   const int32_t* part_offsets;   // [num_parts + 1]
   const int32_t* split_offsets;  // [B + 1]
 
+  // [B + 1] where requests differ in their query tokens: those of request b are tokens
+  // query_offsets[b] .. query_offsets[b + 1] - 1, at least one and at most s_q, of q [T, H_q, 576],
+  // out [T, H_q, 512] and lse [T, H_q], without batch strides. Not in batch-invariant mode, nor
+  // with planned_lens. Null: s_q each.
+  const int32_t* query_offsets;
+
   const int32_t* planned_lens;  // [B] of flashmla_check_bounds; null: lengths are not checked
   flashmla_fault_box* faults;   // null only with planned_lens
 
