@@ -10,8 +10,10 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmla_backend.api import DecodePlan, mla_decode, plan_decode
+    from flashmla_backend.api import mla_decode, plan_decode
     from flashmla_backend.errors import FlashMLAError, InvalidArgument, OutOfBounds, Unsupported
+    from flashmla_backend.plan import DecodePlan
+    from flashmla_backend.ragged import plan_ragged_decode
 
 __all__ = [
     "DecodePlan",
@@ -21,16 +23,18 @@ __all__ = [
     "Unsupported",
     "mla_decode",
     "plan_decode",
+    "plan_ragged_decode",
 ]
 
 _HOME = {
-    "DecodePlan": "api",
+    "DecodePlan": "plan",
     "FlashMLAError": "errors",
     "InvalidArgument": "errors",
     "OutOfBounds": "errors",
     "Unsupported": "errors",
     "mla_decode": "api",
     "plan_decode": "api",
+    "plan_ragged_decode": "ragged",
 }
 
 

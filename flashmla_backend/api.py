@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,67 +12,11 @@ from flashmla_backend import bounds, flashinfer_path, ops
 from flashmla_backend.bounds import Bounds
 from flashmla_backend.dispatch import DTYPES, default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
-from flashmla_backend.flashinfer_path import FlashInferPlan
 from flashmla_backend.leaves import max_leaves
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, check_lengths, describe
+from flashmla_backend.plan import Buffers, DecodePlan
 from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
 from flashmla_backend.workspace import make_workspaces
-
-
-@dataclass(frozen=True, eq=False)
-class DecodePlan:
-    """One decode step as data: who reads which pages. Made by `plan_decode`, read by every layer's `mla_decode`."""
-
-    seq_lens: torch.Tensor  # [B] int32
-    block_table: torch.Tensor  # [B, W] int32
-    items: torch.Tensor  # [max_items, 4] int32: request, page_begin, page_end, split; unused rows are -1
-    part_offsets: torch.Tensor  # [parts + 1] int32: part p runs items[part_offsets[p] : part_offsets[p + 1]]
-    split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
-    partial_out: torch.Tensor  # [max_splits, H_kv, rows, 256] pairs of fp16, workspace of the layers; empty on the CPU
-    partial_lse: torch.Tensor  # [max_splits, H_kv, rows, 2] fp32
-    rooms: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
-    s_q: int
-    h_q: int
-    h_kv: int
-    page_size: int
-    causal: bool
-    max_leaves: int = 0  # of a request in batch-invariant mode, 0 in free mode
-    flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
-    bounds: Bounds | None = None  # with FLASHMLA_CHECK_BOUNDS=1
-
-    @property
-    def batch(self) -> int:
-        return self.seq_lens.shape[0]
-
-    def check(self) -> None:
-        """Raise OutOfBounds if the device has met a fault, of this plan or another, since the last look.
-
-        `plan_decode` looks too. Neither waits for the device: synchronize first to hear of the work enqueued so far.
-        Without FLASHMLA_CHECK_BOUNDS=1 there is nothing to find.
-        """
-        if self.bounds is not None:
-            self.bounds.faults.raise_first()
-
-    @property
-    def batch_invariant(self) -> bool:
-        return self.max_leaves > 0
-
-    def __str__(self) -> str:
-        if self.flashinfer is not None:
-            return f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads, planned by FlashInfer"
-        offsets = self.part_offsets.tolist()
-        lines = [
-            f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads over {self.h_kv} KV heads, pages of "
-            f"{self.page_size}, {'causal' if self.causal else 'no mask'}: {offsets[-1]} work items on "
-            f"{len(offsets) - 1} parts, {int(self.split_offsets[-1])} partial results"
-        ]
-        for part, (first, last) in enumerate(pairwise(offsets)):
-            work = ", ".join(
-                f"request {r} pages {a}-{b}" + (f" -> split {s}" if s >= 0 else "")
-                for r, a, b, s in self.items[first:last].tolist()
-            )
-            lines.append(f"  part {part}: {work or 'idle'}")
-        return "\n".join(lines)
 
 
 def plan_decode(
@@ -155,10 +98,8 @@ def plan_decode(
     if reuse is None:
         checked = bounds.new_bounds(seq_lens, num_pages)
         planned_lens = checked_lengths(seq_lens, block_table, page_size, checked)
-        items, part_offsets, split_offsets = ops.schedule(planned_lens, row_tiles, num_sms, s_q * h_q, batch_invariant)
-        workspaces = make_workspaces(path, part_offsets, s_q * h_q // h_kv, h_kv, batch_invariant, workspace)
-        tensors = seq_lens, block_table, items, part_offsets, split_offsets, *workspaces
-        return DecodePlan(*tensors, **shape, max_leaves=most_leaves, bounds=checked)
+        buffers = new_schedule(planned_lens, s_q * h_q, h_kv, num_sms, workspace, batch_invariant)
+        return DecodePlan(seq_lens, block_table, *buffers, **shape, max_leaves=most_leaves, bounds=checked)
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, {**shape, "batch_invariant": batch_invariant})
@@ -170,9 +111,23 @@ def plan_decode(
     if reuse.bounds is not None:
         plan = replace(plan, bounds=reuse.bounds.of_step(seq_lens.shape[0], num_pages))
     planned_lens = checked_lengths(seq_lens, block_table, page_size, plan.bounds)
-    buffers = plan.items, plan.part_offsets, plan.split_offsets
-    ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, batch_invariant, *buffers)
+    schedule = plan.items, plan.part_offsets, plan.split_offsets
+    ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, batch_invariant, *schedule)
     return plan
+
+
+def new_schedule(
+    planned_lens: torch.Tensor,
+    rows: int,
+    h_kv: int,
+    num_sms: int,
+    workspace: torch.Tensor | None,
+    batch_invariant: bool = False,
+) -> Buffers:
+    """Of a plan: work items, part and split offsets, and the workspaces. rows: query rows over all KV heads."""
+    schedule = ops.schedule(planned_lens, row_tiles_of(rows // h_kv, h_kv), num_sms, rows, batch_invariant)
+    path = path_of(planned_lens.device)
+    return *schedule, *make_workspaces(path, schedule[1], rows // h_kv, h_kv, batch_invariant, workspace)
 
 
 def checked_lengths(
@@ -212,9 +167,10 @@ def mla_decode(
 
     Args:
         q: [B, S_q, H_q, 576] bf16 or fp16, on the CPU also fp32: 512 latent columns, then 64 rope columns. Or the two
-            as a pair, [B, S_q, H_q, 512] and [B, S_q, H_q, 64], which need not lie side by side.
+            as a pair, [B, S_q, H_q, 512] and [B, S_q, H_q, 64], which need not lie side by side. In a ragged step
+            [T, H_q, 576], or the pair of that, as are out and lse.
         kv_cache: [P, page_size, H_kv, 576], q's dtype; V is its first 512 columns. Page and row strides are free.
-        plan: from `plan_decode`, for these shapes and these lengths.
+        plan: from `plan_decode` or `plan_ragged_decode`, for these shapes and these lengths.
         softmax_scale: factor on q @ k before the softmax, greater than 0; for DeepSeek models (128 + 64) ** -0.5 times
             the square of yarn's mscale, not 576 ** -0.5.
 
@@ -255,6 +211,8 @@ def mla_decode(
         float(softmax_scale),
         plan.causal,
         plan.max_leaves,
+        plan.s_q,
+        plan.query_offsets,
         planned_lens,
         faults,
     )
@@ -280,10 +238,11 @@ def checked_query(
 
 
 def check_query(name: str, q: torch.Tensor, width: int, plan: DecodePlan) -> None:
-    if q.dim() != 4 or q.shape[3] != width:
-        raise InvalidArgument(f"{name} is {describe(q)}; accepted: [B, S_q, H_q, {width}]")
-    expected = (plan.batch, plan.s_q, plan.h_q)
-    if tuple(q.shape[:3]) != expected:
+    expected = plan.query_shape
+    if q.dim() != len(expected) + 1 or q.shape[-1] != width:
+        dimensions = "B, S_q" if plan.query_offsets is None else "T"
+        raise InvalidArgument(f"{name} is {describe(q)}; accepted: [{dimensions}, H_q, {width}]")
+    if tuple(q.shape[:-1]) != expected:
         raise InvalidArgument(
             f"{name} is {describe(q)}, the plan was made for other shapes; accepted: {[*expected, width]}"
         )
@@ -293,7 +252,7 @@ def check_query(name: str, q: torch.Tensor, width: int, plan: DecodePlan) -> Non
     if q.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise InvalidArgument(f"{name} is {describe(q)}; accepted: {accepted}")
-    if q.stride(3) != 1:
+    if q.stride(-1) != 1:
         raise InvalidArgument(f"{name} has strides {tuple(q.stride())}; accepted: a contiguous last dimension")
     if q.requires_grad and torch.is_grad_enabled():
         raise InvalidArgument(

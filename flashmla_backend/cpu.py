@@ -7,6 +7,7 @@ fp16 or fp32; the arithmetic is fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -69,6 +70,20 @@ def decode(
         ungroup(out, s_q).to(q.dtype),
         ungroup(lse[..., None], s_q).squeeze(-1),
     )
+
+
+def decode_ragged(
+    q: torch.Tensor,  # [T, H_q, 576]
+    query_offsets: torch.Tensor,  # [B + 1] int32, requests being query tiles of at most s_q tokens
+    s_q: int,
+    decode_uniform: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],  # `decode` but for q
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [T, H_q, 512], lse [T, H_q]: as requests of s_q query tokens, of which the last ones count."""
+    real = torch.arange(s_q) >= s_q - query_offsets.diff()[:, None]  # [B, S_q]
+    padded = q.new_zeros(*real.shape, *q.shape[1:])
+    padded[real] = q
+    out, lse = decode_uniform(padded)
+    return out[real], lse[real]
 
 
 def attend(

@@ -17,10 +17,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flashmla_backend import bounds, ops
-from flashmla_backend.api import DecodePlan, check_positive_int, mla_decode, plan_decode
+from flashmla_backend.api import check_positive_int, mla_decode, plan_decode
 from flashmla_backend.dispatch import default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_lengths, describe
+from flashmla_backend.plan import DecodePlan
 from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
 from flashmla_backend.workspace import make_workspaces
 

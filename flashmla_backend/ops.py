@@ -100,6 +100,8 @@ def decode_on_cpu(
     softmax_scale: float,
     causal: bool,
     max_leaves: int,
+    s_q: int,
+    query_offsets: torch.Tensor | None = None,
     planned_lens: torch.Tensor | None = None,
     faults: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,13 +111,17 @@ def decode_on_cpu(
     else:
         seq_lens = bounds.planned_on_cpu(seq_lens, planned_lens, kv_cache.shape[1], faults)
     q = torch.cat([q_latent, q_rope], dim=-1)
-    return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal, max_leaves)
+
+    def decode(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cpu.decode(q, kv_cache, block_table, seq_lens, items, split_offsets, softmax_scale, causal, max_leaves)
+
+    return decode(q) if query_offsets is None else cpu.decode_ragged(q, query_offsets, s_q, decode)
 
 
 def empty_results(q_latent: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, S_q, H_q, 512] in q's dtype and lse [B, S_q, H_q] fp32."""
+    """out [B, S_q, H_q, 512] in q's dtype and lse [B, S_q, H_q] fp32; of a ragged step [T, H_q, 512] and [T, H_q]."""
     shape = q_latent.shape
-    return q_latent.new_empty(shape), q_latent.new_empty(shape[:3], dtype=torch.float32)
+    return q_latent.new_empty(shape), q_latent.new_empty(shape[:-1], dtype=torch.float32)
 
 
 check_bounds = operator(
@@ -142,8 +148,8 @@ schedule = operator(
 mla_decode = operator(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor kv_cache, Tensor block_table, Tensor seq_lens, Tensor items, "
     "Tensor part_offsets, Tensor split_offsets, Tensor(a!) partial_out, Tensor(b!) partial_lse, Tensor(c!) rooms, "
-    "float softmax_scale, bool causal, int max_leaves, Tensor? planned_lens=None, "
-    "Tensor? faults=None) -> (Tensor, Tensor)",
+    "float softmax_scale, bool causal, int max_leaves, int s_q, Tensor? query_offsets=None, "
+    "Tensor? planned_lens=None, Tensor? faults=None) -> (Tensor, Tensor)",
     on_cpu=decode_on_cpu,
     on_cuda=sm90.decode,
     fake=empty_results,

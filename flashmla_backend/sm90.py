@@ -13,7 +13,7 @@ import torch
 from flashmla_backend import native
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.leaves import max_leaves as max_leaves_of
-from flashmla_backend.paging import D_QK, D_V
+from flashmla_backend.paging import D_QK
 from flashmla_backend.schedule import CostModel
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # flashmla_dtype
@@ -90,19 +90,20 @@ def decode(
     softmax_scale: float,
     causal: bool,
     max_leaves: int,
+    s_q: int,
+    query_offsets: torch.Tensor | None = None,
     planned_lens: torch.Tensor | None = None,
     faults: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Enqueue the decode and combine kernels; see `flashmla_backend.mla_decode`, which checks the arguments."""
-    batch, s_q, h_q, _ = q_latent.shape
     num_pages, page_size, h_kv, _ = kv_cache.shape
-    out = q_latent.new_empty((batch, s_q, h_q, D_V))
-    lse = q_latent.new_empty((batch, s_q, h_q), dtype=torch.float32)
+    out = q_latent.new_empty(q_latent.shape)
+    lse = q_latent.new_empty(q_latent.shape[:-1], dtype=torch.float32)
     enqueue(
         native.load().decode,
         q_latent.device,
         DTYPES[q_latent.dtype],
-        (batch, s_q, h_q, h_kv),
+        (seq_lens.shape[0], s_q, q_latent.shape[-2], h_kv),
         page_size,
         num_pages,
         part_offsets.shape[0] - 1,
@@ -120,6 +121,7 @@ def decode(
         items.data_ptr(),
         part_offsets.data_ptr(),
         split_offsets.data_ptr(),
+        0 if query_offsets is None else query_offsets.data_ptr(),
         0 if planned_lens is None else planned_lens.data_ptr(),
         0 if faults is None else faults.data_ptr(),
         out.data_ptr(),
@@ -147,10 +149,10 @@ def enqueue(launch: Callable[..., None], device: torch.device, *arguments: objec
 
 
 def strides_of(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of the three outer dimensions; that of a dimension of size 1 means nothing and may be anything."""
-    a, b, c, _ = tensor.stride()
-    x, y, z, _ = tensor.shape
-    return a if x > 1 else D_QK, b if y > 1 else D_QK, c if z > 1 else D_QK
+    """Strides of the three dimensions before the last; that of one of size 1, or missing, means nothing."""
+    *outer, b, c, _ = tensor.stride()
+    *more, y, z, _ = tensor.shape
+    return outer[0] if outer and more[0] > 1 else D_QK, b if y > 1 else D_QK, c if z > 1 else D_QK
 
 
 def translated(error: ValueError | RuntimeError) -> InvalidArgument | Unsupported:

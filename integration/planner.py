@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from flashmla_backend.api import DecodePlan, plan_decode
+from flashmla_backend.api import plan_decode
 from flashmla_backend.dispatch import default_num_sms
 from flashmla_backend.errors import OutOfBounds
+from flashmla_backend.plan import DecodePlan
+from flashmla_backend.ragged import plan_ragged_decode, queries_per_tile
 from flashmla_backend.workspace import workspace_size
 
 from .claim import asked_for_batch_invariance
@@ -61,6 +63,7 @@ class StepPlanner:
             for s_q in range(1, longest_query + 1)
         ]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
+        self.h_q = h_q
         self.page_size = page_size
         self.longest_query = longest_query
         self._logger = logger
@@ -85,6 +88,23 @@ class StepPlanner:
             )
         self.log_faults()  # here too: a replayed graph plans without the host
         return partial(self._plan, seq_lens, block_table, s_q=s_q, reuse=plan)
+
+    def ragged_step(
+        self, seq_lens: torch.Tensor, block_table: torch.Tensor, query_offsets: torch.Tensor
+    ) -> Callable[..., DecodePlan]:
+        """The same for requests with different numbers of new tokens, arguments as in `plan_ragged_decode`. Its plan is
+        a new one each time, not for CUDA graphs. Not in batch-invariant mode."""
+        s_q = queries_per_tile(query_offsets, self.h_q)
+        plan = partial(
+            plan_ragged_decode,
+            seq_lens,
+            block_table,
+            query_offsets,
+            h_q=self.h_q,
+            page_size=self.page_size,
+            workspace=self.workspace if s_q <= self.longest_query else None,
+        )
+        return lambda **options: outlive(self._logger, partial(plan, **options))
 
     def log_faults(self) -> None:
         """Those of earlier steps, whatever their shape: one plan speaks for all of the device."""

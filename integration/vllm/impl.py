@@ -78,11 +78,14 @@ class FlashMLAImpl(MLACommonImpl[MLACommonMetadata[FlashMLADecodeMetadata]]):
         assert decode is not None  # vLLM calls only when the batch has decoding requests
         latent, rope = q if isinstance(q, tuple) else (q[..., :D_V], q[..., D_V:])
         tokens, heads, _ = latent.shape
-        queries = (attn_metadata.num_decodes, tokens // attn_metadata.num_decodes)
+        plan = decode.plan(num_pages=kv_c_and_k_pe_cache.shape[0])
+        if plan.query_offsets is None:
+            queries = (plan.batch, plan.s_q)
+            latent, rope = latent.unflatten(0, queries), rope.unflatten(0, queries)  # [B, S_q, N, 512 and 64]
         out, lse = mla_decode(
-            (latent.unflatten(0, queries), rope.unflatten(0, queries)),  # [B, S_q, N, 512] and [B, S_q, N, 64]
+            (latent, rope),
             kv_c_and_k_pe_cache.unsqueeze(2),  # [pages, 64, 1, 576]
-            decode.plan(num_pages=kv_c_and_k_pe_cache.shape[0]),
+            plan,
             softmax_scale=self.scale,
         )
         return out.view(tokens, heads, -1), lse.view(tokens, heads)

@@ -10,7 +10,7 @@ import torch
 
 import flashmla_backend
 from flashmla_backend import OutOfBounds, bounds
-from flashmla_backend.api import DecodePlan
+from flashmla_backend.plan import DecodePlan
 from tests.kernels.problems import POISON_PAGE, SCALE, Problem, fault, make_problem, oracle, plan_of
 
 LENGTHS = [3000, 0, 65, 9000, 700, 64]

@@ -11,8 +11,8 @@ import torch
 
 import flashmla_backend
 from flashmla_backend import FlashMLAError, InvalidArgument, OutOfBounds, Unsupported, bounds
-from flashmla_backend.api import DecodePlan
 from flashmla_backend.flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from flashmla_backend.plan import DecodePlan
 from tests.conftest import POISON_PAGE, Problem, make_problem
 
 LENGTHS = [300, 0, 65, 1000]

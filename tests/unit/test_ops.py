@@ -34,6 +34,7 @@ def decode_arguments(problem: Problem, plan: flashmla_backend.DecodePlan) -> tup
         0.1,
         True,
         plan.max_leaves,
+        plan.s_q,
     )
 
 
@@ -44,7 +45,7 @@ def test_opcheck_of_the_bounds_checks() -> None:
     pages = len(problem.kv_cache)
     torch.library.opcheck(ops.check_bounds, (problem.seq_lens, problem.block_table, 64, pages, planned_lens, faults))
     plan = plan_of(problem)
-    torch.library.opcheck(ops.mla_decode, (*decode_arguments(problem, plan), problem.seq_lens.clone(), faults))
+    torch.library.opcheck(ops.mla_decode, (*decode_arguments(problem, plan), None, problem.seq_lens.clone(), faults))
 
 
 def test_opcheck() -> None:

@@ -36,6 +36,7 @@ DECODE = {
     "items": 16,
     "part_offsets": 4,
     "split_offsets": 4,
+    "query_offsets": 0,
     "planned_lens": 0,
     "faults": 0,
     "out": 16,

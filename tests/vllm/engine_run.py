@@ -2,7 +2,8 @@
 
 request: {"engine": keyword arguments of vllm.LLM, "batches": [[prompt token ids, ...], ...], "new_tokens": int}
 answer: {"tokens": [[ids, ...], ...], "cached": [[int, ...], ...], "counters": {name: value},
-         "config": {name: value}, "backend": class of the layers' attention, "decodes": {"B,S_q": calls of it}}
+         "config": {name: value}, "backend": class of the layers' attention, "decodes": {"B,S_q": calls of it}},
+        S_q 0 of ragged steps
 
 Batches run one after the other, so a later one can find an earlier one's pages. What vLLM logs goes to stdout.
 """
@@ -17,15 +18,16 @@ from typing import Any
 
 
 def watch_decodes(worker: Any) -> str:
-    """In the worker: counts the calls of the attention layers' forward_mqa by batch and query length."""
+    """In the worker: counts the attention layers' calls of forward_mqa by batch and query length."""
     layers = worker.model_runner.compilation_config.static_forward_context.values()
     (impl,) = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
     inner, worker.decodes = impl.forward_mqa, Counter()
 
     def counted(self: Any, q: Any, cache: Any, metadata: Any, layer: Any) -> Any:
-        tokens = (q[0] if isinstance(q, tuple) else q).shape[0]
-        worker.decodes[f"{metadata.num_decodes},{tokens // metadata.num_decodes}"] += 1
-        return inner(self, q, cache, metadata, layer)
+        answer = inner(self, q, cache, metadata, layer)
+        plan = metadata.decode.planned
+        worker.decodes[f"{metadata.num_decodes},{0 if plan.query_offsets is not None else plan.s_q}"] += 1
+        return answer
 
     impl.forward_mqa = counted
     return f"{impl.__module__}.{impl.__qualname__}"

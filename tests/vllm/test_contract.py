@@ -17,7 +17,7 @@ from flashmla_backend.errors import Unsupported
 from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.planner import StepPlanner
 from flashmla_backend.integration.vllm.backend import FlashMLABackend
-from flashmla_backend.integration.vllm.builder import FlashMLAMetadataBuilder
+from flashmla_backend.integration.vllm.builder import SHORT_PREFILL, FlashMLAMetadataBuilder, is_uniform
 from flashmla_backend.integration.vllm.impl import FlashMLAImpl
 from tests.conftest import check_close, make_problem
 
@@ -25,10 +25,14 @@ HEADS = 3
 SCALE = 0.1
 
 
-def build_decode(problem: Any, s_q: int, planner: StepPlanner | None = None, **newer: Any) -> Any:
+def build_decode(problem: Any, counts: int | list[int], planner: StepPlanner | None = None, **newer: Any) -> Any:
+    """counts: new tokens of every request, or of each."""
+    batch, longest = len(problem.seq_lens), counts if isinstance(counts, int) else 1
     builder = object.__new__(FlashMLAMetadataBuilder)
-    builder.planner = planner or StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=s_q)
-    offsets = torch.arange(0, (len(problem.seq_lens) + 1) * s_q, s_q, dtype=torch.int32)
+    builder.planner = planner or StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=longest)
+    builder.longest_uniform = longest
+    each = [counts] * batch if isinstance(counts, int) else counts
+    offsets = torch.tensor([0, *each], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return builder._build_decode(
         block_table_tensor=problem.block_table,
         seq_lens_device=problem.seq_lens,
@@ -62,6 +66,35 @@ def test_one_plan_a_step(newer: dict[str, int]) -> None:
     assert decode.seq_lens is problem.seq_lens
     expected = plan_decode(problem.seq_lens, problem.block_table, s_q=2, h_q=HEADS, page_size=64, causal=True)
     assert str(decode.plan(num_pages=len(problem.kv_cache))) == str(expected)
+
+
+@pytest.mark.parametrize("counts", [[1, 0, 3, 20], [3, 3, 3, 3]], ids=["ragged", "more than graphs are made for"])
+def test_requests_with_different_numbers_of_new_tokens(counts: list[int]) -> None:
+    problem = make_problem([64, 5, 3, 200], h_q=HEADS, dtype=torch.float32)
+    q = torch.randn(sum(counts), HEADS, 576, generator=torch.Generator().manual_seed(1))
+    metadata = SimpleNamespace(num_decodes=4, decode=build_decode(problem, counts))
+    out, lse = impl().forward_mqa((q[..., :512], q[..., 512:]), problem.kv_cache.squeeze(2), metadata, layer=None)
+    first = 0
+    for request, count in enumerate(counts):
+        own = slice(first, first + count)
+        first += count
+        if count == 0:
+            continue
+        expected_out, expected_lse = reference.mla_decode(
+            q[None, own],
+            problem.kv_cache,
+            problem.block_table[request, None],
+            problem.seq_lens[request, None],
+            softmax_scale=SCALE,
+        )
+        check_close(out[own], lse[own], expected_out[0], expected_lse[0])
+
+
+def test_padding_of_a_graph_leaves_a_step_uniform() -> None:
+    """Its rows have no new tokens, but room for them in q."""
+    assert is_uniform(torch.tensor([0, 2, 4, 4, 4], dtype=torch.int32), 2)
+    assert not is_uniform(torch.tensor([0, 2, 4, 5], dtype=torch.int32), 2)
+    assert not is_uniform(torch.tensor([0, 1, 4], dtype=torch.int32), 2)
 
 
 def test_the_first_layer_plans_for_all() -> None:
@@ -131,6 +164,10 @@ def test_batch_invariance_is_what_vllm_or_we_are_asked_for(
     problem = make_problem([64, 3], h_q=HEADS)
     plan = builder.planner.step(problem.seq_lens, problem.block_table, 1)()
     assert plan.batch_invariant == (variable is not None)
+    # How queries are cut must not depend on what else is in the step.
+    invariant = (1, QueryLenSupport.UNIFORM)
+    free = (SHORT_PREFILL, QueryLenSupport.VARLEN)
+    assert (builder.reorder_batch_threshold, builder.query_len_support) == (invariant if variable else free)
     assert FlashMLABackend.supports_batch_invariance()  # or vLLM's selector passes us over
 
 
@@ -245,6 +282,6 @@ def test_what_the_backend_declares() -> None:
     for size, page_size in split_into.items():
         assert select_common_block_size(size, [FlashMLABackend]) == page_size
     assert FlashMLABackend.get_builder_cls()._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
-    assert FlashMLABackend.get_builder_cls().query_len_support is QueryLenSupport.UNIFORM
+    assert FlashMLABackend.get_builder_cls().query_len_support is QueryLenSupport.VARLEN
     assert FlashMLABackend.get_impl_cls().can_return_lse_for_decode
     assert FlashMLABackend.get_impl_cls().supports_dcp

@@ -117,6 +117,7 @@ def check_decodes(case: Case, run: EngineRun) -> None:
     assert all(calls % LAYERS == 0 for calls in run.decodes.values())
     assert max(requests for requests, _ in run.decodes) > 1
     longest_query = max(new for _, new in run.decodes)
+    assert any(new == 0 for _, new in run.decodes)  # short prompts, beside others and decodes
     if case.drafts:
         assert run.counters["vllm:spec_decode_num_accepted_tokens"] > 0
         assert longest_query == 1 + DRAFTS
