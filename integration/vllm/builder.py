@@ -34,7 +34,7 @@ logger = init_logger(LOGGER_NAME)
 
 # Prompts, or what is left of them, of up to so many tokens are decoded: no copy of the cached context is made for them,
 # and none of its keys and values for every head. docs/performance.md has the measurement.
-SHORT_PREFILL = 64
+SHORT_PREFILL = 128
 
 
 def is_uniform(query_start_loc: torch.Tensor, s_q: int) -> bool:

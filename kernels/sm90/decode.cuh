@@ -460,9 +460,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::register_decrease<kProducerRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
     if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
-      stream_pages<false, kClusterSize>(a, shared, kv_head, first, last);
+      stream_pages<false, kRagged, kClusterSize>(a, shared, kv_head, first, last);
     } else if (threadIdx.x < 64) {
-      stream_pages<true, kClusterSize>(a, shared, kv_head, first, last);
+      stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, first, last);
     } else {
       stream_queries<kRagged>(a, shared, row_begin, kv_head, first, last);
       if (threadIdx.x < 96 && blockIdx.x + kv_head == 0) report_stale_plan(a, first, last);

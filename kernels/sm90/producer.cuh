@@ -66,17 +66,17 @@ __device__ __forceinline__ bool waits_for_queries(const DecodeArguments& a, int 
   return first < last && Item(__ldg(a.items + first)).pages() > 1;
 }
 
-// A box of a tile, for all blocks of the cluster.
-template <int kClusterSize>
+// A box of a tile, for all blocks of the cluster. To be evicted first, a page would be gone before
+// those that lag behind have read it: other clusters of row tiles, other query tiles of a request.
+template <bool kRagged, int kClusterSize>
 __device__ __forceinline__ void load_box(const DecodeArguments& a, void* destination,
                                          ptx::Mbarrier* barrier, int kv_head, int page, int row,
                                          int tile) {
   if constexpr (kClusterSize == 1) {
     ptx::tma_load_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page,
-                     ptx::kEvictFirst);
+                     kRagged ? ptx::kEvictNormal : ptx::kEvictFirst);
   } else {
-    // To be evicted first, a page would be gone before other clusters that lag behind have read it.
-    const uint64_t policy = gridDim.x > 2 ? ptx::kEvictNormal : ptx::kEvictFirst;
+    const uint64_t policy = kRagged || gridDim.x > 2 ? ptx::kEvictNormal : ptx::kEvictFirst;
     ptx::tma_multicast_5d(destination, &a.kv_map, barrier, 0, row, tile, kv_head, page, 0b11,
                           policy);
   }
@@ -94,7 +94,7 @@ __device__ __forceinline__ void wait_until_empty(Ring<kStages> ring,
   }
 }
 
-template <bool kSmallPages, int kClusterSize>
+template <bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
                                             int kv_head, int first, int last) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
@@ -108,8 +108,9 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
       ptx::mbarrier_arrive_expect_tx(&shared.left_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
     if (box.tile < kHalfTiles && loader_of<kClusterSize>(box.tile) == rank)
-      load_box<kClusterSize>(a, shared.left[stage][box.tile] + box.offset,
-                             &shared.left_full[stage][box.tile / 2], kv_head, page, row, box.tile);
+      load_box<kRagged, kClusterSize>(a, shared.left[stage][box.tile] + box.offset,
+                                      &shared.left_full[stage][box.tile / 2], kv_head, page, row,
+                                      box.tile);
     // Only lanes that act on it wait: another might look when the slot is a phase further on.
     if (box.tile == kHalfTiles) {
       // One block waits and loads for all; the others may expect it now that S has read the last.
@@ -118,8 +119,8 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
       if (box.index == 0) ptx::mbarrier_arrive_expect_tx(&shared.rope_full[stage], ptx::kTileBytes);
       if (kSmallPages) __syncwarp(((1 << (1 << box.count_log2)) - 1) << (lane - box.index));
       if (loads)
-        load_box<kClusterSize>(a, shared.rope[stage] + box.offset, &shared.rope_full[stage],
-                               kv_head, page, row, kRopeTile);
+        load_box<kRagged, kClusterSize>(a, shared.rope[stage] + box.offset,
+                                        &shared.rope_full[stage], kv_head, page, row, kRopeTile);
     }
     if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
     hold = false;
@@ -132,7 +133,7 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
   }
 }
 
-template <bool kSmallPages, int kClusterSize>
+template <bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, int first, int last) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
@@ -146,9 +147,9 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
       ptx::mbarrier_arrive_expect_tx(&shared.right_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
     if (box.tile < kHalfTiles && loader_of<kClusterSize>(box.tile) == rank)
-      load_box<kClusterSize>(a, shared.right[stage][box.tile] + box.offset,
-                             &shared.right_full[stage][box.tile / 2], kv_head, page, row,
-                             kHalfTiles + box.tile);
+      load_box<kRagged, kClusterSize>(a, shared.right[stage][box.tile] + box.offset,
+                                      &shared.right_full[stage][box.tile / 2], kv_head, page, row,
+                                      kHalfTiles + box.tile);
     if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
     hold = false;
     ring.advance();
@@ -157,13 +158,13 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
 }
 
 // Warp 0 the left halves and rope columns, warp 1 the right halves.
-template <bool kSmallPages, int kClusterSize>
+template <bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, int first, int last) {
   if (threadIdx.x < 32) {
-    stream_left<kSmallPages, kClusterSize>(a, shared, kv_head, first, last);
+    stream_left<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, first, last);
   } else {
-    stream_right<kSmallPages, kClusterSize>(a, shared, kv_head, first, last);
+    stream_right<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, first, last);
   }
 }
 

@@ -21,7 +21,9 @@ ON_CPU = {"models": "tiny", "backends": "ours", "points": "4x128,1x1K+3x64"}
 def steps(
     models: Annotated[str, typer.Option(help="Of v2-lite, v3-attention and tiny.", show_default=ON_GPU["models"])] = "",
     backends: Annotated[str, typer.Option(help="ours, and vLLM's own by name.", show_default=ON_GPU["backends"])] = "",
-    points: Annotated[str, typer.Option(help="Batches as requests x tokens.", show_default=ON_GPU["points"])] = "",
+    points: Annotated[
+        str, typer.Option(help="Batches as requests x tokens; none: answers alone.", show_default=ON_GPU["points"])
+    ] = "",
     dtype: Annotated[str, typer.Option(help="Of model and cache.")] = "bfloat16",
     warmup: Annotated[int, typer.Option(help="Steps before the measured ones.", min=1)] = 8,
     windows: Annotated[int, typer.Option(help="Windows, whose median counts.", min=1)] = 3,

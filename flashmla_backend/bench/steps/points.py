@@ -21,8 +21,8 @@ class Point:
 
 
 def parse(text: str) -> list[Point]:
-    """Points separated by commas. Raises InvalidArgument, naming the part that is none."""
-    return [_point(part) for part in text.split(",")]
+    """Points separated by commas; `none` for no point. Raises InvalidArgument, naming the part that is none."""
+    return [] if text == "none" else [_point(part) for part in text.split(",")]
 
 
 def _point(text: str) -> Point:

@@ -13,6 +13,7 @@ from flashmla_backend import doctor
 from flashmla_backend.bench import backends
 from flashmla_backend.bench.child import ask_child
 from flashmla_backend.bench.execution import engine_arguments
+from flashmla_backend.bench.steps.child import COMPARED_TOKENS
 from flashmla_backend.bench.steps.models import write_config
 from flashmla_backend.bench.steps.points import Point
 
@@ -76,7 +77,7 @@ def run_backend(
     """What the child answered, if anything, and what went wrong, if anything."""
     selected, environment = backends.selection(backend)
     with tempfile.TemporaryDirectory() as folder:
-        longest = max(max(point.lengths) for point in plan.points)
+        longest = max([COMPARED_TOKENS + plan.new_tokens, *(max(point.lengths) for point in plan.points)])
         request = {
             "model": str(write_config(model, plan.dtype, 2 * longest, Path(folder))),
             "attention_backend": selected,
@@ -87,7 +88,7 @@ def run_backend(
             "window": plan.window,
             "compared": plan.compared,
             "new_tokens": plan.new_tokens,
-            "engine": engine_arguments(plan.compiled, [len(point.lengths) for point in plan.points]),
+            "engine": engine_arguments(plan.compiled, [len(point.lengths) for point in plan.points] or [plan.compared]),
         }
         log = plan.logs / f"{model}-{backend}.log"
         return ask_child("flashmla_backend.bench.steps.child", request, environment, log, plan.timeout_s, progressed)
