@@ -22,6 +22,13 @@ from flashmla_backend.cli import app
 from flashmla_backend.errors import InvalidArgument
 
 
+def test_no_points() -> None:
+    assert points.parse("none") == []
+    answer = {"impl": "x", "rows": {}, "tokens": [], "logprobs": []}
+    made = report.make(Results({"tiny": {"ours": answer}}), [], ["flashmla"], "abc")
+    assert made["rows"] == [] and made["summary"] == {}
+
+
 def test_points() -> None:
     plain, thousands, ragged = points.parse("64x512,8x32K,2x1K+3x7")
     assert (plain.name, plain.lengths) == ("64x512", (512,) * 64)
