@@ -7,15 +7,22 @@ GPU with vLLM; the GPU's work is kept so small that the host never waits for it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from flashmla_backend.bench import machine
+from flashmla_backend.bench.provenance import provenance, write
+from flashmla_backend.bench.steps.run import vllm_version
 
 LAYERS, STEPS, WARMUP = 48, 60, 10
 HEADS, PAGE, LENGTH = 16, 64, 64
@@ -32,6 +39,7 @@ def ours(device: torch.device) -> tuple[Build, Forward]:
 
     builder = object.__new__(FlashMLAMetadataBuilder)
     builder.planner = StepPlanner(device, h_q=HEADS, page_size=PAGE, longest_query=1)
+    builder.longest_uniform = 1
     impl = object.__new__(FlashMLAImpl)
     impl.scale = SCALE
     return builder._build_decode, impl.forward_mqa
@@ -89,13 +97,27 @@ def measure(build: Build, forward: Forward, batch: int, device: torch.device) ->
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("vllm-host.json"))
+    parser.add_argument("--commit", help="for the report, where git cannot tell")
+    arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     contenders = {"ours": ours(device), "FLASHMLA": builtin(device)}
     found = {
         f"batch {batch}": {name: measure(*calls, batch, device) for name, calls in contenders.items()}
         for batch in (1, 8, 64)
     }
-    print(json.dumps({"device": torch.cuda.get_device_name(device), "host us": found}, indent=1))
+    command = ["python", "-m", "flashmla_backend.bench.steps.host", *sys.argv[1:]]
+    write(
+        {
+            **provenance(machine.describe(device)[0], command, arguments.commit),
+            "vllm": vllm_version(),
+            "layers": LAYERS,
+            "host_us": found,
+        },
+        arguments.out,
+    )
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
