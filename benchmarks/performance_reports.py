@@ -30,8 +30,10 @@ class Reports(NamedTuple):
     kernels_path: Path
     other_devices: list[Report]
     history: list[Report]
-    steps: Report
+    steps: list[Report]  # by device
     serve: Report
+    offline: Report
+    short_prefills: Report
     host_time: Report
     bounds_cost: Report
 
@@ -50,8 +52,10 @@ def load(results: Path = RESULTS) -> Reports:
         kernels_path=kernels_path,
         other_devices=[newest(results, kind)[1] for kind in ("kernels-h200",) if found(results, kind)],
         history=history,
-        steps=newest(results, "steps-v3-attention-h100")[1],
+        steps=[newest(results, f"steps-v3-attention-{device}")[1] for device in ("h100", "h200")],
         serve=newest(results, "serve-v2-lite-h100")[1],
+        offline=newest(results, "offline-v2-lite-h200")[1],
+        short_prefills=newest(results, "short-prefills-h200")[1],
         host_time=newest(results, "host-time-h100")[1],
         bounds_cost=newest(results, "bounds-cost-h100")[1],
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import geometric_mean, median
 
 import performance_schedule as schedule
-from performance_engines import serving, steps
+from performance_engines import offline, serving, short_prefills, steps
 from performance_measures import (
     best_rival,
     compared,
@@ -286,5 +286,7 @@ SECTIONS: dict[str, Callable[[Reports], str]] = {
         extras,
         steps,
         serving,
+        offline,
+        short_prefills,
     )
 }

@@ -44,6 +44,7 @@ TARGETS: dict[str, tuple[Tests, ...]] = {
         ("tests/unit/test_schedule_emulation.py::test_random_lengths[ascending]",),  # needs g++
     ),
     "flashmla_backend/paging.py": (("tests/unit/test_paging.py", "tests/unit/test_api_errors.py"),),
+    "flashmla_backend/ragged.py": (("tests/unit/test_ragged.py",),),
     "flashmla_backend/integration/planner.py": (("tests/unit/test_planner.py", "tests/unit/test_bounds.py"),),
     "flashmla_backend/integration/sglang/steps.py": (("tests/sglang/test_steps.py",),),
 }

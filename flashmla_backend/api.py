@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.leaves import max_leaves
 from flashmla_backend.paging import D_QK, D_V, check_block_table, check_kv_cache, check_lengths, describe
 from flashmla_backend.plan import Buffers, DecodePlan
-from flashmla_backend.schedule import max_items, num_parts, row_tiles_of
+from flashmla_backend.schedule import num_parts, row_tiles_of
 from flashmla_backend.workspace import make_workspaces
 
 
@@ -99,20 +98,23 @@ def plan_decode(
         checked = bounds.new_bounds(seq_lens, num_pages)
         planned_lens = checked_lengths(seq_lens, block_table, page_size, checked)
         buffers = new_schedule(planned_lens, s_q * h_q, h_kv, num_sms, workspace, batch_invariant)
-        return DecodePlan(seq_lens, block_table, *buffers, **shape, max_leaves=most_leaves, bounds=checked)
+        shape |= {"num_sms": num_sms, "max_leaves": most_leaves}
+        return DecodePlan(seq_lens, block_table, *buffers, **shape, bounds=checked)
     if workspace is not None:
         raise InvalidArgument("workspace and reuse were both given; accepted: one, since a reused plan keeps its own")
     check_reusable(reuse, seq_lens, row_tiles, num_sms, {**shape, "batch_invariant": batch_invariant})
-    plan = reuse
-    if reuse.seq_lens is not seq_lens or reuse.block_table is not block_table:
-        batch, parts = seq_lens.shape[0], num_parts(num_sms, row_tiles)
-        items, split_offsets = reuse.items[: max_items(batch, parts)], reuse.split_offsets[: batch + 1]
-        plan = replace(reuse, seq_lens=seq_lens, block_table=block_table, items=items, split_offsets=split_offsets)
-    if reuse.bounds is not None:
-        plan = replace(plan, bounds=reuse.bounds.of_step(seq_lens.shape[0], num_pages))
-    planned_lens = checked_lengths(seq_lens, block_table, page_size, plan.bounds)
+    return replan(reuse, seq_lens, block_table, num_pages)
+
+
+def replan(
+    plan: DecodePlan, seq_lens: torch.Tensor, block_table: torch.Tensor, num_pages: int | None = None
+) -> DecodePlan:
+    """`plan_decode(..., reuse=plan)` for those who know that the plan's shapes are theirs: half the host's time."""
+    plan = plan.of_step(seq_lens, block_table, num_pages)
+    planned_lens = checked_lengths(seq_lens, block_table, plan.page_size, plan.bounds)
+    row_tiles, rows = row_tiles_of(plan.s_q * plan.h_q // plan.h_kv, plan.h_kv), plan.s_q * plan.h_q
     schedule = plan.items, plan.part_offsets, plan.split_offsets
-    ops.schedule_into(planned_lens, row_tiles, num_sms, s_q * h_q, batch_invariant, *schedule)
+    ops.schedule_into(planned_lens, row_tiles, plan.num_sms, rows, plan.batch_invariant, *schedule)
     return plan
 
 

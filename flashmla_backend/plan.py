@@ -9,6 +9,7 @@ import torch
 
 from flashmla_backend.bounds import Bounds
 from flashmla_backend.flashinfer_path import FlashInferPlan
+from flashmla_backend.schedule import max_items
 
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -30,6 +31,7 @@ class DecodePlan:
     h_kv: int
     page_size: int
     causal: bool
+    num_sms: int = 0  # thread blocks that run at once, as it was planned for
     max_leaves: int = 0  # of a request in batch-invariant mode, 0 in free mode
     flashinfer: FlashInferPlan | None = None  # on GPUs that FlashInfer serves; no work items there
     bounds: Bounds | None = None  # with FLASHMLA_CHECK_BOUNDS=1
@@ -46,6 +48,20 @@ class DecodePlan:
     def query_shape(self) -> tuple[int, ...]:
         """Of q without its columns."""
         return (self.batch, self.s_q, self.h_q) if self.query_offsets is None else (self.num_queries, self.h_q)
+
+    def of_step(self, seq_lens: torch.Tensor, block_table: torch.Tensor, num_pages: int | None) -> DecodePlan:
+        """The same buffers for a step of as many requests or fewer, yet to be planned."""
+        if seq_lens is self.seq_lens and block_table is self.block_table and self.bounds is None:
+            return self
+        batch = seq_lens.shape[0]
+        made = object.__new__(DecodePlan)  # dataclasses.replace takes longer than all the rest of a step's planning
+        made.__dict__.update(self.__dict__, seq_lens=seq_lens, block_table=block_table)
+        if batch != self.batch:
+            items = self.items[: max_items(batch, self.part_offsets.shape[0] - 1)]
+            made.__dict__.update(items=items, split_offsets=self.split_offsets[: batch + 1])
+        if self.bounds is not None:
+            made.__dict__.update(bounds=self.bounds.of_step(batch, num_pages))
+        return made
 
     def check(self) -> None:
         """Raise OutOfBounds if the device has met a fault, of this plan or another, since the last look.

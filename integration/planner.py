@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flashmla_backend.api import plan_decode
+from flashmla_backend.api import plan_decode, replan
 from flashmla_backend.dispatch import default_num_sms
 from flashmla_backend.errors import OutOfBounds
 from flashmla_backend.plan import DecodePlan
@@ -83,11 +83,11 @@ class StepPlanner:
         if plan is None:
             workspace = self.workspace if s_q <= self.longest_query else None
             # No lengths yet: how many pages there are is known when the plan is asked for.
-            plan = self._plans[shape] = self._plan(
-                torch.zeros_like(seq_lens), block_table, s_q=s_q, workspace=workspace, num_pages=1
-            )
-        self.log_faults()  # here too: a replayed graph plans without the host
-        return partial(self._plan, seq_lens, block_table, s_q=s_q, reuse=plan)
+            first = partial(self._plan_decode, torch.zeros_like(seq_lens), block_table, workspace=workspace)
+            plan = self._plans[shape] = outlive(self._logger, partial(first, s_q=s_q, num_pages=1))
+        if plan.bounds is not None:
+            self.log_faults()  # here too: a replayed graph plans without the host
+        return partial(self._outliving, partial(replan, plan, seq_lens, block_table))
 
     def ragged_step(
         self, seq_lens: torch.Tensor, block_table: torch.Tensor, query_offsets: torch.Tensor
@@ -104,12 +104,12 @@ class StepPlanner:
             page_size=self.page_size,
             workspace=self.workspace if s_q <= self.longest_query else None,
         )
-        return lambda **options: outlive(self._logger, partial(plan, **options))
+        return partial(self._outliving, plan)
 
     def log_faults(self) -> None:
         """Those of earlier steps, whatever their shape: one plan speaks for all of the device."""
         if self._plans:
             outlive(self._logger, next(iter(self._plans.values())).check)
 
-    def _plan(self, *args: Any, **options: Any) -> DecodePlan:
-        return outlive(self._logger, partial(self._plan_decode, *args, **options))
+    def _outliving(self, plan: Callable[..., DecodePlan], **options: Any) -> DecodePlan:
+        return outlive(self._logger, partial(plan, **options))

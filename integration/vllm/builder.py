@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.mla_attention import (
@@ -39,8 +39,15 @@ SHORT_PREFILL = 128
 
 def is_uniform(query_start_loc: torch.Tensor, s_q: int) -> bool:
     """Whether each request has s_q new tokens, or none, as padding has. query_start_loc: [B + 1] int32 on the CPU."""
-    counts = np.diff(query_start_loc.numpy())
+    if torch.equal(query_start_loc, offsets_without_padding(len(query_start_loc), s_q)):
+        return True
+    counts = query_start_loc.diff()
     return bool(((counts == s_q) | (counts == 0)).all())
+
+
+@cache
+def offsets_without_padding(count: int, s_q: int) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32) * s_q
 
 
 @dataclass

@@ -13,6 +13,7 @@ from vllm_parallel import LENGTHS, NEW_TOKENS
 
 from flashmla_backend.bench import report, trust
 from flashmla_backend.bench.steps import report as steps_report
+from flashmla_backend.integration.vllm.builder import SHORT_PREFILL
 from flashmla_backend.serve import DEFAULT_NAME, Server
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,28 @@ def test_the_readme_quotes_vllm_on_two_gpus() -> None:
 def test_the_readme_quotes_what_small_pages_cost() -> None:
     cost = {size: 100 * (mean - 1) for size, mean in recorded("page-sizes")["geometric_mean"].items()}
     assert f"Pages of 32 tokens cost {cost['32']:.1f} % and pages of 16 tokens {cost['16']:.1f} % of a call" in README
+
+
+def test_the_readme_quotes_what_short_prompts_take() -> None:
+    report = recorded("short-prefills")
+    assert not report["failed"]
+    times = {
+        row["new"]: [f"{row[how]['ms']:.0f}" for how in ("ours, decoded", "ours, prefilled")]
+        for row in report["rows"]
+        if (row["model"], row["context"], row["requests"]) == ("v3-attention", 16384, 8)
+    }
+    said = " ".join(README.split())
+    assert f"first tokens after {times[8][0]} ms instead of {times[8][1]} with 128 heads" in said
+    assert f"of 128 new tokens after {times[128][0]} instead of {times[128][1]}, on an H200" in said
+    assert f"prompts of up to {SHORT_PREFILL} tokens" in said
+
+
+def test_the_readme_quotes_steps_on_the_other_device() -> None:
+    (path,) = (ROOT / "benchmarks" / "results").glob("steps-v3-attention-h200-*.json")
+    heavy = json.loads(path.read_text())["summary"]["attention-heavy"]
+    said = " ".join(README.split())
+    assert f"On an H200 it is {heavy['geomean']:.3f} in the geometric mean of the same four batches" in said
+    assert f"at least {heavy['min']:.3f}" in said and heavy["n"] == 4
 
 
 def test_the_soak_in_the_readme_passed() -> None:

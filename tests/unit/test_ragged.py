@@ -17,7 +17,7 @@ from flashmla_backend.ragged import MOST_TILES, QueryTiles, queries_per_tile
 from tests.conftest import SCALE, Problem, check_close, make_problem
 
 COUNTS = [1, 0, 7, 3, 70, 1, 2, 5]
-LENGTHS = [300, 64, 7, 130, 700, 0, 1, 2500]  # of them two that hold fewer tokens than they have queries
+LENGTHS = [300, 64, 7, 130, 700, 0, 1, 900]  # of them two that hold fewer tokens than they have queries
 
 
 def offsets_of(counts: list[int]) -> torch.Tensor:
@@ -29,39 +29,6 @@ def ragged_problem(h_q: int, h_kv: int = 1, page_size: int = 64) -> tuple[Proble
     problem = make_problem(LENGTHS, h_q=h_q, h_kv=h_kv, page_size=page_size)
     problem.q = torch.randn(sum(COUNTS), h_q, 576, generator=torch.Generator().manual_seed(1)).bfloat16()
     return problem, offsets_of(COUNTS)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("page_size", [16, 64, 256])
-@pytest.mark.parametrize("h_q, h_kv", [(1, 1), (16, 1), (20, 2), (126, 1)])
-def test_as_each_request_alone(h_q: int, h_kv: int, page_size: int, causal: bool) -> None:
-    problem, offsets = ragged_problem(h_q, h_kv, page_size)
-    plan = plan_ragged_decode(
-        problem.seq_lens, problem.block_table, offsets, h_q=h_q, h_kv=h_kv, page_size=page_size, causal=causal
-    )
-    out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
-    assert out.shape == (*problem.q.shape[:2], 512) and lse.shape == problem.q.shape[:2]
-    for request, (first, last) in enumerate(pairwise(offsets.tolist())):
-        if first == last:
-            continue
-        expected = reference.mla_decode(
-            problem.q[None, first:last],
-            problem.kv_cache,
-            problem.block_table[request, None],
-            problem.seq_lens[request, None],
-            softmax_scale=SCALE,
-            causal=causal,
-        )
-        check_close(out[None, first:last], lse[None, first:last], *expected)
-
-
-def test_parts_of_q_may_lie_apart() -> None:
-    problem, offsets = ragged_problem(16)
-    plan = plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, h_q=16)
-    parts = problem.q[..., :512].transpose(0, 1).contiguous().transpose(0, 1), problem.q[..., 512:].clone()
-    together = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
-    apart = flashmla_backend.mla_decode(parts, problem.kv_cache, plan, softmax_scale=SCALE)
-    assert all(map(torch.equal, together, apart))
 
 
 @given(
@@ -84,7 +51,8 @@ def test_tiles_hold_every_query_token_once(counts: list[int], group: int) -> Non
 
 
 def test_tiles_are_no_larger_than_any_request_needs() -> None:
-    assert [queries_per_tile(offsets_of(counts), 4) for counts in ([0], [1, 1], [1, 3], [17, 1])] == [1, 1, 3, 16]
+    counts: list[list[int]] = [[], [0], [1, 1], [1, 3], [17, 1]]
+    assert [queries_per_tile(offsets_of(each), 4) for each in counts] == [1, 1, 1, 3, 16]
 
 
 def test_more_tiles_than_the_scheduler_takes_are_made_larger() -> None:
@@ -95,6 +63,57 @@ def test_the_scheduler_takes_so_many_tiles() -> None:
     header = Path(__file__).parents[2] / "kernels" / "include" / "flashmla" / "schedule.h"
     found = re.search(r"FLASHMLA_SCHEDULE_MAX_BATCH = (\d+)", header.read_text())
     assert found and int(found[1]) == MOST_TILES
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("h_q, h_kv", [(16, 1), (1, 1), (20, 2), (126, 1)])
+def test_as_each_request_alone(h_q: int, h_kv: int, page_size: int, causal: bool) -> None:
+    problem, offsets = ragged_problem(h_q, h_kv, page_size)
+    plan = plan_ragged_decode(
+        problem.seq_lens,
+        problem.block_table,
+        offsets,
+        h_q=h_q,
+        h_kv=h_kv,
+        page_size=page_size,
+        causal=causal,
+        num_sms=200,
+    )
+    assert (plan.seq_lens >= 0).all() and len(plan.part_offsets) - 1 == 200 // (h_kv * (1 + (h_q > 64)))
+    assert plan.split_offsets[-1] > 0 or h_q == 126
+    out, lse = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+    assert out.shape == (*problem.q.shape[:2], 512) and lse.shape == problem.q.shape[:2]
+    for request, (first, last) in enumerate(pairwise(offsets.tolist())):
+        if first == last:
+            continue
+        expected = reference.mla_decode(
+            problem.q[None, first:last],
+            problem.kv_cache,
+            problem.block_table[request, None],
+            problem.seq_lens[request, None],
+            softmax_scale=SCALE,
+            causal=causal,
+        )
+        check_close(out[None, first:last], lse[None, first:last], *expected)
+
+
+def test_defaults_are_those_of_plan_decode() -> None:
+    problem, offsets = ragged_problem(16)
+    plan = plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, h_q=16)
+    uniform = flashmla_backend.plan_decode(problem.seq_lens, problem.block_table, s_q=1, h_q=16)
+    for name in ("h_q", "h_kv", "page_size", "causal", "max_leaves", "bounds"):
+        assert getattr(plan, name) == getattr(uniform, name)
+    assert plan.part_offsets.shape == uniform.part_offsets.shape
+
+
+def test_parts_of_q_may_lie_apart() -> None:
+    problem, offsets = ragged_problem(16)
+    plan = plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, h_q=16)
+    parts = problem.q[..., :512].transpose(0, 1).contiguous().transpose(0, 1), problem.q[..., 512:].clone()
+    together = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=SCALE)
+    apart = flashmla_backend.mla_decode(parts, problem.kv_cache, plan, softmax_scale=SCALE)
+    assert all(map(torch.equal, together, apart))
 
 
 def test_a_step_without_queries() -> None:
@@ -132,6 +151,21 @@ def test_wrong_offsets_are_refused(offsets: torch.Tensor, message: str) -> None:
     problem, _ = ragged_problem(16)
     with pytest.raises(InvalidArgument, match=message):
         plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, h_q=16)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"h_q": 0}, "h_q is 0; accepted: an integer of at least 1"),
+        ({"h_q": 16, "h_kv": 3}, "h_q is 16, h_kv 3; accepted: h_q a multiple of h_kv"),
+        ({"h_q": 16, "num_sms": 0}, "num_sms is 0; accepted: an integer of at least 1"),
+        ({"h_q": 16, "page_size": 8}, "page_size is 8; accepted: 16, 32, 64, 128, 256 tokens"),
+    ],
+)
+def test_wrong_shapes_are_refused(options: dict[str, int], message: str) -> None:
+    problem, offsets = ragged_problem(16)
+    with pytest.raises(InvalidArgument, match=message):
+        plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, **options)
 
 
 def test_wrong_queries_are_refused() -> None:

@@ -17,3 +17,9 @@ def test_two_backends_side_by_side(bench: Callable[..., dict[str, Any]]) -> None
     assert delta["from"] == "CPU_MLA"
     assert delta["compared_tokens"] == 32 * 4
     assert 0 < delta["mean_abs_dlogprob"] < 1e-4
+
+
+def test_answers_alone(bench: Callable[..., dict[str, Any]]) -> None:
+    made = bench("steps", backends="ours,CPU_MLA", points="none", dtype="float32", compared=2, new_tokens=3)
+    assert made["rows"] == []
+    assert made["deltas"]["tiny"]["ours"]["compared_tokens"] == 2 * 3

@@ -136,6 +136,7 @@ def main(request_path: str, answer_path: str) -> None:
     answer: dict[str, Any] = {"impl": implementation(engine.llm), "rows": {}}
     say("answers")
     answer["tokens"], answer["logprobs"] = engine.answers()
+    write_answer(answer_path, answer)
     for name, lengths in request["points"].items():
         say(name)
         answer["rows"][name] = engine.measure(lengths)
