@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashmla_backend import api, dispatch, plan_decode, workspace
+from flashmla_backend import api, dispatch, plan_decode, ragged, workspace
 from flashmla_backend.integration.claim import BATCH_INVARIANT_VARIABLE
 from flashmla_backend.integration.planner import StepPlanner
 from tests.conftest import make_problem
@@ -73,6 +73,36 @@ def test_the_workspace_is_what_the_greediest_query_length_takes(
         assert plan.partial_out.data_ptr() == planner.workspace.data_ptr()
     longer = planner.step(problem.seq_lens, problem.block_table, longest_query + 10)()
     assert longer.partial_out.untyped_storage().data_ptr() != planner.workspace.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("most, shared", [(1, True), (2, True), (3, True), (4, False), (70, False)])
+def test_ragged_steps_take_the_workspace_if_it_is_made_for_them(
+    most: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (api, ragged, workspace):
+        monkeypatch.setattr(module, "path_of", lambda device: "sm90")
+    planner = StepPlanner(CPU, h_q=16, page_size=64, longest_query=3)
+    problem = make_problem([300, 5])
+    offsets = torch.tensor([0, most, most + 1], dtype=torch.int32)
+    plan = planner.ragged_step(problem.seq_lens, problem.block_table, offsets)()
+    assert (plan.partial_out.data_ptr() == planner.workspace.data_ptr()) is shared
+    assert (plan.num_queries, plan.s_q, plan.h_q, plan.page_size) == (most + 1, min(most, 4), 16, 64)
+
+
+def test_faults_of_a_replayed_graph_are_told_by_the_next_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host hears of them without planning anything."""
+    monkeypatch.setenv("FLASHMLA_CHECK_BOUNDS", "1")
+    problem = make_problem([300, 5])
+    planner = StepPlanner(CPU, h_q=16, page_size=64, longest_query=1)
+    replay = planner.step(problem.seq_lens, problem.block_table, 1)
+    problem.block_table[0, 1] = -1
+    replay(num_pages=problem.kv_cache.shape[0])
+    assert not caplog.records
+    planner.step(problem.seq_lens, problem.block_table, 1)
+    (record,) = caplog.records
+    assert "block_table[0, 1] was -1" in record.getMessage()
 
 
 @pytest.mark.parametrize("argument", [False, True])
