@@ -195,7 +195,8 @@ def mla_decode(
     planned_lens = faults = None
     if plan.bounds is not None:
         plan.bounds.check_num_pages(kv_cache)
-        planned_lens, faults = plan.bounds.planned_lens, plan.bounds.faults.box
+        if plan.query_offsets is None:  # a ragged step's plan has lengths of its own, which nobody changes
+            planned_lens, faults = plan.bounds.planned_lens, plan.bounds.faults.box
     if plan.flashinfer is not None:
         return flashinfer_path.decode(q_latent, q_rope, kv_cache, plan.flashinfer, float(softmax_scale))
     return ops.mla_decode(

@@ -80,8 +80,11 @@ class DecodePlan:
         if self.flashinfer is not None:
             return f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads, planned by FlashInfer"
         offsets = self.part_offsets.tolist()
+        queries = f"{self.batch} requests, {self.s_q} query tokens"
+        if self.query_offsets is not None:
+            queries = f"{self.batch} query tiles, {self.num_queries} query tokens"
         lines = [
-            f"{self.batch} requests, {self.s_q} query tokens, {self.h_q} heads over {self.h_kv} KV heads, pages of "
+            f"{queries}, {self.h_q} heads over {self.h_kv} KV heads, pages of "
             f"{self.page_size}, {'causal' if self.causal else 'no mask'}: {offsets[-1]} work items on "
             f"{len(offsets) - 1} parts, {int(self.split_offsets[-1])} partial results"
         ]

@@ -66,7 +66,8 @@ def plan_ragged_decode(
         )
     num_sms = default_num_sms(device) if num_sms is None else num_sms
     check_positive_int("num_sms", num_sms)
-    planned_lens = checked_lengths(seq_lens, block_table, page_size, bounds.new_bounds(seq_lens, num_pages))
+    checked = bounds.new_bounds(seq_lens, num_pages)
+    planned_lens = checked_lengths(seq_lens, block_table, page_size, checked)
     s_q = queries_per_tile(query_offsets, h_q // h_kv)
     tiles = QueryTiles.of(query_offsets, s_q)
     request = tiles.request.to(device, non_blocking=True)
@@ -83,6 +84,7 @@ def plan_ragged_decode(
         h_kv=h_kv,
         page_size=page_size,
         causal=causal,
+        bounds=checked,
         query_offsets=tiles.offsets.to(device, non_blocking=True),
         num_queries=int(query_offsets[-1]),
     )

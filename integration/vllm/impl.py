@@ -82,6 +82,13 @@ class FlashMLAImpl(MLACommonImpl[MLACommonMetadata[FlashMLADecodeMetadata]]):
         if plan.query_offsets is None:
             queries = (plan.batch, plan.s_q)
             latent, rope = latent.unflatten(0, queries), rope.unflatten(0, queries)  # [B, S_q, N, 512 and 64]
+        elif plan.num_queries < tokens:  # padding, which belongs to no request
+            out, lse = latent.new_zeros(tokens, heads, D_V), latent.new_zeros(tokens, heads, dtype=torch.float32)
+            real = slice(plan.num_queries)
+            out[real], lse[real] = self.forward_mqa(
+                (latent[real], rope[real]), kv_c_and_k_pe_cache, attn_metadata, layer
+            )
+            return out, lse
         out, lse = mla_decode(
             (latent, rope),
             kv_c_and_k_pe_cache.unsqueeze(2),  # [pages, 64, 1, 576]

@@ -105,6 +105,7 @@ def test_defaults_are_those_of_plan_decode() -> None:
     for name in ("h_q", "h_kv", "page_size", "causal", "max_leaves", "bounds"):
         assert getattr(plan, name) == getattr(uniform, name)
     assert plan.part_offsets.shape == uniform.part_offsets.shape
+    assert "26 query tiles, 89 query tokens, 16 heads over 1 KV heads, pages of 64, causal" in str(plan)
 
 
 def test_parts_of_q_may_lie_apart() -> None:
@@ -133,6 +134,11 @@ def test_faults_name_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     at_fault = slice(*offsets[4:6].tolist())
     assert (out[at_fault] == 0).all() and (lse[at_fault] == float("-inf")).all()
     assert lse[: offsets[4]].isfinite().any()
+    with pytest.raises(InvalidArgument, match="kv_cache has .* pages, and the plan's table was checked for"):
+        flashmla_backend.mla_decode(problem.q, problem.kv_cache[1:], plan, softmax_scale=SCALE)
+    with pytest.raises(OutOfBounds, match=rf"block_table\[4, 2\] was {pages}"):
+        plan.check()
+    plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, h_q=16, num_pages=pages)
     with pytest.raises(OutOfBounds, match=rf"block_table\[4, 2\] was {pages}"):
         plan_ragged_decode(problem.seq_lens, problem.block_table, offsets, h_q=16, num_pages=pages)
 

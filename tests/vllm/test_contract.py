@@ -25,8 +25,10 @@ HEADS = 3
 SCALE = 0.1
 
 
-def build_decode(problem: Any, counts: int | list[int], planner: StepPlanner | None = None, **newer: Any) -> Any:
-    """counts: new tokens of every request, or of each."""
+def build_decode(
+    problem: Any, counts: int | list[int], planner: StepPlanner | None = None, padding: int = 0, **newer: Any
+) -> Any:
+    """counts: new tokens of every request, or of each. padding: tokens of no request."""
     batch, longest = len(problem.seq_lens), counts if isinstance(counts, int) else 1
     builder = object.__new__(FlashMLAMetadataBuilder)
     builder.planner = planner or StepPlanner(torch.device("cpu"), h_q=HEADS, page_size=64, longest_query=longest)
@@ -39,7 +41,7 @@ def build_decode(problem: Any, counts: int | list[int], planner: StepPlanner | N
         max_seq_len=int(problem.seq_lens.max()),
         query_start_loc_cpu=offsets,
         query_start_loc_device=offsets,
-        num_decode_tokens=int(offsets[-1]),
+        num_decode_tokens=int(offsets[-1]) + padding,
         dcp_tot_seq_lens_device=None,
         **newer,
     )
@@ -68,12 +70,14 @@ def test_one_plan_a_step(newer: dict[str, int]) -> None:
     assert str(decode.plan(num_pages=len(problem.kv_cache))) == str(expected)
 
 
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("counts", [[1, 0, 3, 20], [3, 3, 3, 3]], ids=["ragged", "more than graphs are made for"])
-def test_requests_with_different_numbers_of_new_tokens(counts: list[int]) -> None:
+def test_requests_with_different_numbers_of_new_tokens(counts: list[int], padding: int) -> None:
     problem = make_problem([64, 5, 3, 200], h_q=HEADS, dtype=torch.float32)
-    q = torch.randn(sum(counts), HEADS, 576, generator=torch.Generator().manual_seed(1))
-    metadata = SimpleNamespace(num_decodes=4, decode=build_decode(problem, counts))
+    q = torch.randn(sum(counts) + padding, HEADS, 576, generator=torch.Generator().manual_seed(1))
+    metadata = SimpleNamespace(num_decodes=4, decode=build_decode(problem, counts, padding=padding))
     out, lse = impl().forward_mqa((q[..., :512], q[..., 512:]), problem.kv_cache.squeeze(2), metadata, layer=None)
+    assert out.shape == (len(q), HEADS, 512) and lse.shape == (len(q), HEADS)
     first = 0
     for request, count in enumerate(counts):
         own = slice(first, first + count)
