@@ -134,7 +134,7 @@ def test_faults_name_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     at_fault = slice(*offsets[4:6].tolist())
     assert (out[at_fault] == 0).all() and (lse[at_fault] == float("-inf")).all()
     assert lse[: offsets[4]].isfinite().any()
-    with pytest.raises(InvalidArgument, match="kv_cache has .* pages, and the plan's table was checked for"):
+    with pytest.raises(InvalidArgument, match=r"kv_cache has .* pages, and the plan's table was checked for"):
         flashmla_backend.mla_decode(problem.q, problem.kv_cache[1:], plan, softmax_scale=SCALE)
     with pytest.raises(OutOfBounds, match=rf"block_table\[4, 2\] was {pages}"):
         plan.check()
