@@ -59,17 +59,23 @@ def soak(
             *(model, dtype, seconds, phase, clients, longest, chosen, drafts, growth, timeout, logs),
             shlex.split(server_arguments),
         )
+
+        def summary_of(results: Any) -> dict[str, Any]:
+            return _summary(plan, results, failures(plan, results), ["flashmla", *sys.argv[1:]], commit)
+
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=err) as progress:
             task = progress.add_task("starting", total=seconds)
-            results = run(plan, lambda done, what: progress.update(task, completed=done, description=what))
-    failed = failures(plan, results)
-    made = _summary(plan, results, failed, ["flashmla", *sys.argv[1:]], commit)
-    write(made, output)
+            results = run(
+                plan,
+                lambda done, what: progress.update(task, completed=done, description=what),
+                lambda so_far: write(summary_of(so_far), output),
+            )
+    made = summary_of(results)
     for line in _lines(made):
         out.print(line, highlight=False, markup=False)
     out.print(f"report: {output}", highlight=False)
-    if failed:
+    if made["failures"]:
         raise typer.Exit(1)
 
 

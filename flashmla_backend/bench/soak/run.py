@@ -58,8 +58,9 @@ class Results:
     seconds: float = 0.0
 
 
-def run(plan: Plan, report_progress: Callable[[float, str], None]) -> Results:
-    """Soak. `report_progress(seconds so far, what)` is called now and then. Raises ServerFailed if none starts."""
+def run(plan: Plan, report_progress: Callable[[float, str], None], keep: Callable[[Results], None]) -> Results:
+    """Soak. `report_progress(seconds so far, what)` is called now and then, `keep` after each phase with the results so
+    far, which outlive a soak that is cut short. Raises ServerFailed if none starts."""
     results, log = Results(), plan.logs / "soak-server.log"
     with tempfile.TemporaryDirectory() as scratch:
         folder, model_arguments = resolve(plan.model, plan.dtype, plan.longest, Path(scratch))
@@ -68,7 +69,7 @@ def run(plan: Plan, report_progress: Callable[[float, str], None]) -> Results:
         with running(server, plan.start_seconds) as process:
             results.served_by = who_serves(Vllm(), OURS, log)
             try:
-                asyncio.run(_soak(plan, server.url, process.pid, results, report_progress))
+                asyncio.run(_soak(plan, server.url, process.pid, results, report_progress, keep))
             except Exception as error:
                 if process.poll() is None:
                     raise
@@ -118,7 +119,12 @@ def growths(results: Results) -> dict[str, float]:
 
 
 async def _soak(
-    plan: Plan, url: str, group: int, results: Results, report_progress: Callable[[float, str], None]
+    plan: Plan,
+    url: str,
+    group: int,
+    results: Results,
+    report_progress: Callable[[float, str], None],
+    keep: Callable[[Results], None],
 ) -> None:
     from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
@@ -140,10 +146,11 @@ async def _soak(
             await _drained(metrics, results.tally)
             results.canaries.append(await _canary(session, url, len(results.canaries)))
             sample = {"host_mib": round(watch.host_mib(group), 1), "gpu_mib": round(watch.gpu_mib(), 1)}
-            results.memory.append({"seconds": round(time.monotonic() - begin, 1), **sample})
-        counted = await metrics()
-    results.counters = {name: watch.read(counted, metric) for name, metric in watch.COUNTERS.items()}
-    results.seconds = time.monotonic() - begin
+            results.seconds = time.monotonic() - begin
+            results.memory.append({"seconds": round(results.seconds, 1), **sample})
+            counted = await metrics()
+            results.counters = {name: watch.read(counted, metric) for name, metric in watch.COUNTERS.items()}
+            keep(results)
 
 
 async def _ask_until(client: Client, until: float, tally: Tally) -> None:
