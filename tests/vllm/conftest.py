@@ -26,7 +26,8 @@ class EngineRun:
     counters: dict[str, float]
     config: dict[str, Any]
     backend: str
-    decodes: dict[tuple[int, int], int]  # (requests, new tokens of each) -> calls of the backend
+    decodes: dict[tuple[int, int], int]  # (requests, new tokens of each, 0 if they differ) -> calls of the backend
+    decoding_layers: int  # that made these calls
     log: str
 
 

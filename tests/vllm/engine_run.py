@@ -3,7 +3,7 @@
 request: {"engine": keyword arguments of vllm.LLM, "batches": [[prompt token ids, ...], ...], "new_tokens": int}
 answer: {"tokens": [[ids, ...], ...], "cached": [[int, ...], ...], "counters": {name: value},
          "config": {name: value}, "backend": class of the layers' attention, "decodes": {"B,S_q": calls of it}},
-        S_q 0 of ragged steps
+        S_q 0 of ragged steps; "decoding_layers": layers that called
 
 Batches run one after the other, so a later one can find an earlier one's pages. What vLLM logs goes to stdout.
 """
@@ -21,12 +21,15 @@ def watch_decodes(worker: Any) -> str:
     """In the worker: counts the attention layers' calls of forward_mqa by batch and query length."""
     layers = worker.model_runner.compilation_config.static_forward_context.values()
     (impl,) = {type(layer.impl) for layer in layers if hasattr(layer, "impl")}
-    inner, worker.decodes = impl.forward_mqa, Counter()
+    inner, worker.decodes, worker.decoding_layers = impl.forward_mqa, Counter(), set()
 
     def counted(self: Any, q: Any, cache: Any, metadata: Any, layer: Any) -> Any:
         answer = inner(self, q, cache, metadata, layer)
-        plan = metadata.decode.planned
-        worker.decodes[f"{metadata.num_decodes},{0 if plan.query_offsets is not None else plan.s_q}"] += 1
+        plan = getattr(metadata.decode, "planned", None)  # none of vLLM's own backends, which decode single tokens
+        ragged = plan is not None and plan.query_offsets is not None
+        tokens = (q[0] if isinstance(q, tuple) else q).shape[0]
+        worker.decodes[f"{metadata.num_decodes},{0 if ragged else tokens // metadata.num_decodes}"] += 1
+        worker.decoding_layers.add(id(layer))
         return answer
 
     impl.forward_mqa = counted
@@ -35,6 +38,10 @@ def watch_decodes(worker: Any) -> str:
 
 def decodes_so_far(worker: Any) -> dict[str, int]:
     return dict(worker.decodes)
+
+
+def decoding_layers(worker: Any) -> int:
+    return len(worker.decoding_layers)
 
 
 def main(request_path: str, answer_path: str) -> None:
@@ -59,6 +66,7 @@ def main(request_path: str, answer_path: str) -> None:
     }
     answer["counters"] = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     (answer["decodes"],) = llm.collective_rpc(decodes_so_far)
+    (answer["decoding_layers"],) = llm.collective_rpc(decoding_layers)
     Path(answer_path).write_text(json.dumps(answer))
 
 
