@@ -67,10 +67,8 @@ def plan_decode(
             of bounds; nothing is planned then, and the next call goes on.
         Unsupported: the tensors are on a device that nothing installed has kernels for.
     """
-    for name, value in (("s_q", s_q), ("h_q", h_q), ("h_kv", h_kv)):
-        check_positive_int(name, value)
-    if h_q % h_kv:
-        raise InvalidArgument(f"h_q is {h_q}, h_kv {h_kv}; accepted: h_q a multiple of h_kv")
+    check_positive_int("s_q", s_q)
+    check_heads(h_q, h_kv)
     check_block_table(block_table, seq_lens, page_size)
     path = path_of(seq_lens.device)
     if num_sms is None:
@@ -271,6 +269,13 @@ def check_softmax_scale(softmax_scale: float) -> None:
         )
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
         raise InvalidArgument(f"softmax_scale is {softmax_scale}; accepted: a finite number greater than 0")
+
+
+def check_heads(h_q: int, h_kv: int) -> None:
+    check_positive_int("h_q", h_q)
+    check_positive_int("h_kv", h_kv)
+    if h_q % h_kv:
+        raise InvalidArgument(f"h_q is {h_q}, h_kv {h_kv}; accepted: h_q a multiple of h_kv")
 
 
 def check_positive_int(name: str, value: int) -> None:

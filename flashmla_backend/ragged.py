@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flashmla_backend import bounds
-from flashmla_backend.api import check_positive_int, checked_lengths, new_schedule
+from flashmla_backend.api import check_heads, check_positive_int, checked_lengths, new_schedule
 from flashmla_backend.dispatch import default_num_sms, path_of
 from flashmla_backend.errors import InvalidArgument, Unsupported
 from flashmla_backend.paging import check_block_table, describe
@@ -52,10 +52,7 @@ def plan_ragged_decode(
         InvalidArgument, OutOfBounds: as `plan_decode`.
         Unsupported: nothing installed has kernels for the tensors' device, or only FlashInfer has.
     """
-    for name, value in (("h_q", h_q), ("h_kv", h_kv)):
-        check_positive_int(name, value)
-    if h_q % h_kv:
-        raise InvalidArgument(f"h_q is {h_q}, h_kv {h_kv}; accepted: h_q a multiple of h_kv")
+    check_heads(h_q, h_kv)
     check_block_table(block_table, seq_lens, page_size)
     check_query_offsets(query_offsets, seq_lens.shape[0])
     device = seq_lens.device
