@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashmla_backend.bench import backends
 
@@ -21,6 +21,14 @@ Asked = tuple[list[int], int]  # a prompt's token ids, and how many tokens to an
 Answer = dict[str, Any]  # {"tokens": [...], "logprobs": [...]}, the logprob of each of these tokens
 
 
+class Answered(NamedTuple):
+    """What an engine did."""
+
+    batches: list[list[Answer]]
+    served_by: str  # the line in which our backend says how it serves, empty if it does not
+    counters: dict[str, float]  # vLLM's own, by name
+
+
 def answers_of(
     name: str,
     backend: str,
@@ -28,12 +36,11 @@ def answers_of(
     batches: list[list[Asked]],
     scratch: Path,
     environment: dict[str, str] | None = None,
-) -> tuple[list[list[Answer]], str]:
+) -> Answered:
     """Starts vLLM once and has it answer one batch after the other, greedily.
 
     name: of the log that is left in the current folder.
     engine: arguments of vllm.LLM beside the backend.
-    Returns the answers by batch, and the line in which our backend says how it serves, empty if it does not.
     Raises RuntimeError if ours did not serve though asked for, or did though not; CalledProcessError, TimeoutExpired.
     """
     selected, selecting = backends.selection(backend)
@@ -53,24 +60,25 @@ def answers_of(
     if (backend == backends.OURS) != bool(served):
         raise RuntimeError(f"{name}: our backend {'did not serve' if not served else 'served'}, see {log}")
     said = served[-1][served[-1].find("flashmla_backend") :] if served else ""
-    return json.loads(answer.read_text()), said
+    return Answered(served_by=said, **json.loads(answer.read_text()))
 
 
 def child(request_path: str, answer_path: str) -> None:
     from vllm import LLM, SamplingParams
 
     request = json.loads(Path(request_path).read_text())
-    llm = LLM(**request["engine"])
+    llm = LLM(**request["engine"], disable_log_stats=False)  # counters
 
     def sampling(new_tokens: int) -> SamplingParams:
         return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=1)
 
-    answers = []
+    batches = []
     for batch in request["batches"]:
         prompts = [{"prompt_token_ids": ids} for ids, _ in batch]
         outputs = llm.generate(prompts, [sampling(new_tokens) for _, new_tokens in batch], use_tqdm=False)
-        answers.append([answer_of(output.outputs[0]) for output in outputs])
-    Path(answer_path).write_text(json.dumps(answers))
+        batches.append([answer_of(output.outputs[0]) for output in outputs])
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    Path(answer_path).write_text(json.dumps({"batches": batches, "counters": counters}))
 
 
 def answer_of(completion: Any) -> Answer:

@@ -129,9 +129,9 @@ def main() -> None:
             begin = time.monotonic()
             try:
                 engine = engine_arguments(model)
-                answers, served_by = common.answers_of(name, backend, engine, batches, Path(folder), environment)
-                rows[name] = {**compare(answers, places), "environment": environment, "served_by": served_by}
-                print(f"{name}: {time.monotonic() - begin:.0f} s; {served_by}", flush=True)
+                ran = common.answers_of(name, backend, engine, batches, Path(folder), environment)
+                rows[name] = {**compare(ran.batches, places), "environment": environment, "served_by": ran.served_by}
+                print(f"{name}: {time.monotonic() - begin:.0f} s; {ran.served_by}", flush=True)
             except (subprocess.SubprocessError, RuntimeError, OSError) as error:
                 failed[name] = str(error)
                 print(f"{name}: failed after {time.monotonic() - begin:.0f} s: {error}", flush=True)

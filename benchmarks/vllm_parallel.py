@@ -48,8 +48,9 @@ def answers_of(name: str, model: str, prompts: list[list[int]], scratch: Path) -
         "seed": 0,
         **more,
     }
-    (batch,), served_by = common.answers_of(name, backend, engine, [[(ids, NEW_TOKENS) for ids in prompts]], scratch)
-    return {key: [answer[key] for answer in batch] for key in ("tokens", "logprobs")} | {"served_by": served_by}
+    ran = common.answers_of(name, backend, engine, [[(ids, NEW_TOKENS) for ids in prompts]], scratch)
+    (batch,) = ran.batches
+    return {key: [answer[key] for answer in batch] for key in ("tokens", "logprobs")} | {"served_by": ran.served_by}
 
 
 def main() -> None:
