@@ -133,6 +133,18 @@ def test_the_readme_quotes_steps_on_the_other_device() -> None:
     assert f"at least {heavy['min']:.3f}" in said and heavy["n"] == 4
 
 
+def test_the_readme_quotes_how_far_answers_lie_apart() -> None:
+    said = " ".join(README.split())
+    for model in ("v3-attention", "v2-lite"):
+        found = recorded(f"answers-{model}")["deltas"][model]
+        ours, theirs = (found[who] for who in ("ours", "FLASHMLA"))
+        assert {ours["from"], theirs["from"]} == {"TRITON_MLA"}
+        error = ours["standard_error"] + theirs["standard_error"]
+        assert abs(ours["mean_abs_dlogprob"] - theirs["mean_abs_dlogprob"]) < error
+        quoted = [f"{one['mean_abs_dlogprob']:.3f} ± {one['standard_error']:.3f}" for one in (ours, theirs)]
+        assert all(number in said for number in quoted)
+
+
 def test_the_soak_in_the_readme_passed() -> None:
     (path,) = re.findall(r"\[soak\]\((benchmarks/results/\S+\.json)\)", README)
     soak = json.loads((ROOT / path).read_text())
