@@ -145,6 +145,18 @@ def test_the_readme_quotes_how_far_answers_lie_apart() -> None:
         assert all(number in said for number in quoted)
 
 
+def test_the_readme_quotes_speculation_and_host_time() -> None:
+    said = " ".join(README.split())
+    speculation = recorded("vllm-speculation")
+    ngram, mtp = (speculation["deltas"][f"ours, {how}"] for how in ("n-gram", "MTP"))
+    assert not speculation["failed"] and ngram["from"] == mtp["from"] == "ours"
+    means = " and ".join(f"{one['mean_abs_dlogprob']:.3f}" for one in (ngram, mtp))
+    tokens = speculation["requests"] * speculation["new_tokens"]
+    assert f"differed by {means} in the mean over {ngram['compared_tokens']} of {tokens} greedy tokens" in said
+    step = {who: times["step of 48 layers"] / 1e3 for who, times in recorded("vllm-host")["host_us"]["batch 8"].items()}
+    assert f"takes {step['ours']:.1f} ms of the host's time, with vLLM's own FLASHMLA {step['FLASHMLA']:.1f}" in said
+
+
 def test_the_soak_in_the_readme_passed() -> None:
     (path,) = re.findall(r"\[soak\]\((benchmarks/results/\S+\.json)\)", README)
     soak = json.loads((ROOT / path).read_text())
