@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_parallel import LENGTHS, NEW_TOKENS
+from vllm_answers import LENGTHS, NEW_TOKENS
 
 from flashmla_backend.bench import report, trust
 from flashmla_backend.bench.steps import report as steps_report
