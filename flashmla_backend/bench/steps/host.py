@@ -24,7 +24,7 @@ from flashmla_backend.bench import machine
 from flashmla_backend.bench.provenance import provenance, write
 from flashmla_backend.bench.steps.run import vllm_version
 
-LAYERS, STEPS, WARMUP = 48, 60, 10
+LAYERS, STEPS, WARMUP = 48, 200, 20
 HEADS, PAGE, LENGTH = 16, 64, 64
 SCALE = 192**-0.5
 
@@ -55,8 +55,10 @@ def builtin(device: torch.device) -> tuple[Build, Forward]:
     return builder._build_decode, impl.forward_mqa
 
 
-def measure(build: Build, forward: Forward, batch: int, device: torch.device) -> dict[str, float]:
-    """Medians over steps, in microseconds."""
+def measure(
+    contenders: dict[str, tuple[Build, Forward]], batch: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Medians over steps, in microseconds. Contenders take turns, so that a slow moment of the host meets all."""
     cache = torch.zeros(batch + 1, PAGE, 576, dtype=torch.bfloat16, device=device)
     q = (
         torch.zeros(HEADS, batch, 512, dtype=torch.bfloat16, device=device).transpose(0, 1),
@@ -72,22 +74,26 @@ def measure(build: Build, forward: Forward, batch: int, device: torch.device) ->
         "num_decode_tokens": batch,
         "dcp_tot_seq_lens_device": None,
     }
-    builds, firsts, layers = [], [], []
+    steps: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
     for _ in range(WARMUP + STEPS):
-        torch.cuda.synchronize(device)
-        marks = [time.perf_counter()]
-        metadata = SimpleNamespace(num_decodes=batch, decode=build(**arguments))
-        marks.append(time.perf_counter())
-        forward(q, cache, metadata, None)
-        marks.append(time.perf_counter())
-        for _ in range(LAYERS - 1):
+        for name, (build, forward) in contenders.items():
+            torch.cuda.synchronize(device)
+            marks = [time.perf_counter()]
+            metadata = SimpleNamespace(num_decodes=batch, decode=build(**arguments))
+            marks.append(time.perf_counter())
             forward(q, cache, metadata, None)
-        marks.append(time.perf_counter())
-        spent = [(after - before) * 1e6 for before, after in pairwise(marks)]
-        builds.append(spent[0])
-        firsts.append(spent[1])
-        layers.append(spent[2] / (LAYERS - 1))
-    build_us, first_us, layer_us = (statistics.median(values[WARMUP:]) for values in (builds, firsts, layers))
+            marks.append(time.perf_counter())
+            for _ in range(LAYERS - 1):
+                forward(q, cache, metadata, None)
+            marks.append(time.perf_counter())
+            build_us, first_us, rest_us = ((after - before) * 1e6 for before, after in pairwise(marks))
+            steps[name].append((build_us, first_us, rest_us / (LAYERS - 1)))
+    return {name: medians(spent[WARMUP:]) for name, spent in steps.items()}
+
+
+def medians(steps: list[tuple[float, float, float]]) -> dict[str, float]:
+    """Of the host's time before the layers, in the first one and in each other one."""
+    build_us, first_us, layer_us = (statistics.median(times) for times in zip(*steps, strict=True))
     return {
         "build": round(build_us + first_us - layer_us, 2),
         "of which in the first layer": round(first_us - layer_us, 2),
@@ -103,10 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     contenders = {"ours": ours(device), "FLASHMLA": builtin(device)}
-    found = {
-        f"batch {batch}": {name: measure(*calls, batch, device) for name, calls in contenders.items()}
-        for batch in (1, 8, 64)
-    }
+    found = {f"batch {batch}": measure(contenders, batch, device) for batch in (1, 8, 64)}
     command = ["python", "-m", "flashmla_backend.bench.steps.host", *sys.argv[1:]]
     write(
         {
