@@ -24,7 +24,7 @@ class DecodePlan:
     part_offsets: torch.Tensor  # [parts + 1] int32: part p runs items[part_offsets[p] : part_offsets[p + 1]]
     split_offsets: torch.Tensor  # [B + 1] int32: where each cut request's partial results lie
     partial_out: torch.Tensor  # [max_splits, H_kv, rows, 256] pairs of fp16, workspace of the layers; empty on the CPU
-    partial_lse: torch.Tensor  # [max_splits, H_kv, rows, 2] fp32
+    partial_lse: torch.Tensor  # [max_splits, H_kv, rows, 2] fp32, in batch-invariant mode [.., 4]
     rooms: torch.Tensor  # fp32 vector, scratch of the thread blocks in batch-invariant mode, else empty
     s_q: int
     h_q: int

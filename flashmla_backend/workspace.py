@@ -34,7 +34,12 @@ def workspace_sizes(path: str, parts: int, rows: int, h_kv: int, batch_invariant
         return 0, 0, 0
     row_tiles, partial_rows = row_tiles_of(rows, h_kv), max_splits(parts) * h_kv * rows
     rooms = room_floats(rows, row_tiles * parts, max_leaves(row_tiles)) if batch_invariant else 0
-    return partial_rows * PARTIAL_WIDTH, rooms, partial_rows * 2
+    return partial_rows * PARTIAL_WIDTH, rooms, partial_rows * state_width(batch_invariant)
+
+
+def state_width(batch_invariant: bool) -> int:
+    """fp32 elements' worth beside a row of a partial output: its LSE and scales, or a state for each half of a node."""
+    return 4 if batch_invariant else 2
 
 
 def make_workspaces(
@@ -46,8 +51,8 @@ def make_workspaces(
     storage: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Room for the results of any lengths: [max_splits, H_kv, rows, 256] fp32, each a pair of fp16 values;
-    [max_splits, H_kv, rows, 2] of what belongs to the rows; and in batch-invariant mode the thread blocks' scratch.
-    All fp32: torch.compile wants views of one storage to be of one dtype.
+    [max_splits, H_kv, rows, 2] of what belongs to the rows, in batch-invariant mode 4; and in that mode the thread
+    blocks' scratch. All fp32: torch.compile wants views of one storage to be of one dtype.
 
     The first elements of `storage`, an fp32 vector that begins at a multiple of 128 bytes; by default newly allocated.
     """
@@ -66,4 +71,4 @@ def make_workspaces(
             "multiple, where torch's own allocations begin"
         )
     out, rooms, lse = storage[: sum(sizes)].split(sizes)
-    return out.view(-1, h_kv, rows, PARTIAL_WIDTH), lse.view(-1, h_kv, rows, 2), rooms
+    return out.view(-1, h_kv, rows, PARTIAL_WIDTH), lse.view(-1, h_kv, rows, state_width(batch_invariant)), rooms

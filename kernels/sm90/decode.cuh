@@ -151,28 +151,31 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
 template <bool kInvariant>
 struct Span {
   int end;
-  bool fresh;
+  bool fresh = true;
 
-  __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length) {
-    start(a, item, length, item.page_begin);
+  __device__ __forceinline__ Span(const DecodeArguments&, const Item& item, int)
+      : end(item.page_end) {}
+};
+
+template <>
+struct Span<true> {
+  int end;
+  bool fresh;
+  LeafCursor cursor;
+
+  __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length)
+      : cursor(pages_of(item, length), item.page_begin, a.max_leaves) {
+    start(a, item, length);
   }
   __device__ __forceinline__ void advance(const DecodeArguments& a, const Item& item, int length) {
-    start(a, item, length, end);
-  }
-  // Which leaf of the item it is, from 0.
-  __device__ __forceinline__ int leaf(const DecodeArguments& a, const Item& item,
-                                      int length) const {
-    const int pages = pages_of(item, length);
-    return leaf_number(pages, end - 1, a.max_leaves) -
-           leaf_number(pages, item.page_begin, a.max_leaves);
+    cursor.advance();
+    start(a, item, length);
   }
 
  private:
-  __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length,
-                                        int page) {
+  __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length) {
     fresh = true;
-    end = item.page_end;
-    if (kInvariant) end = min(end, leaf_end(pages_of(item, length), page, a.max_leaves));
+    end = min(item.page_end, cursor.end(pages_of(item, length), a.max_leaves));
   }
   // A plan older than its lengths may ask for pages that the request no longer has.
   __device__ __forceinline__ static int pages_of(const Item& item, int length) {
@@ -180,20 +183,29 @@ struct Span {
   }
 };
 
-// A leaf takes up what waits for it, then waits itself, unless it is the item's last: then `result`
-// and `o` are those of the item.
-template <bool kInvariant>
+// A leaf takes up what waits for it, then waits itself.
 __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& item, int length,
-                                         int row_begin, int half, bool last,
-                                         const RowState (&leaf)[2], Span<kInvariant>& span,
-                                         float (&o)[128], RowResult (&result)[2]) {
-  finish_leaf(leaf, o, result);
+                                         int row_begin, int half, const RowState (&leaf)[2],
+                                         Span<true>& span, float (&o)[128]) {
+  Node node(leaf, o);
   const Rooms rooms(a, row_begin);
-  const int number = span.leaf(a, item, length);
-  rooms.merge(merged_subtrees(number, last), half, o, result);
-  if (last) return;
-  rooms.store(waiting_subtree(number), half, o, result);
+  const int number = span.cursor.leaf();
+  rooms.merge(merged_subtrees(number, false), half, node);
+  rooms.store(waiting_subtree(number), half, node);
   span.advance(a, item, length);
+  ptx::forget_registers(o);  // the next leaf's first product replaces them
+}
+
+// The last leaf takes up all that wait, and is stored.
+template <typename Element>
+__device__ __forceinline__ void end_item(const DecodeArguments& a, const Item& item, int kv_head,
+                                         int row_begin, int half, const RowState (&leaf)[2],
+                                         const Span<true>& span, float (&o)[128]) {
+  Node node(leaf, o);
+  const int number = span.cursor.leaf();
+  Rooms(a, row_begin).merge(merged_subtrees(number, true), half, node);
+  node.unpack(o);
+  store_node<Element>(a, item, kv_head, row_begin, half, o, node.rows);
 }
 
 template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
@@ -231,7 +243,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     }
     OnlineSoftmax softmax;
     Span<kInvariant> span(a, item, length);
-    RowResult result[2];  // of a leaf, then of the subtree that ends with it
 
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
@@ -300,25 +311,26 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::wgmma_wait<0>();
       ptx::pin_registers(o);
       release_half<kClusterSize>(&shared.left_empty[stage]);
-      if (kInvariant && span_ends) {
-        const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
-        end_leaf(a, item, length, row_begin, 0, final, leaf, span, o, result);
-        if (final) break;
-        softmax = OnlineSoftmax{};
-      }
-      if (!kInvariant && final) break;
+      if (final) break;
       start_scores<Element>(shared, ring, right_ring, q_registers, scores);
+      if constexpr (kInvariant) {
+        if (span_ends) {
+          const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
+          end_leaf(a, item, length, row_begin, 0, leaf, span, o);
+          softmax = OnlineSoftmax{};
+        }
+      }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);
     }
 
-    const bool whole = item.split < 0;
-    float factor[2], lse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      factor[r] = kInvariant ? result[r].factor : softmax.row(r).inverse();
-      lse[r] = kInvariant ? result[r].lse : softmax.row(r).lse();
+    const RowState rows[2] = {softmax.row(0), softmax.row(1)};
+    if constexpr (kInvariant) {
+      end_item<Element>(a, item, kv_head, row_begin, 0, rows, span, o);
+      continue;
     }
+    const bool whole = item.split < 0;
+    const float factor[2] = {rows[0].inverse(), rows[1].inverse()};
     store_output<Element, kRagged>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
@@ -326,9 +338,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         const int row = row_begin + accumulator_row(r);
         if (row >= request_rows<kRagged>(a, item.request)) continue;
         if (whole) {
-          a.lse[output_row<kRagged>(a, item.request, kv_head, row)] = lse[r];
+          a.lse[output_row<kRagged>(a, item.request, kv_head, row)] = rows[r].lse();
         } else {
-          a.partial_lse[partial_row(a, item.split, kv_head, row)].lse = lse[r];
+          a.partial_lse[partial_row(a, item.split, kv_head, row)].lse = rows[r].lse();
         }
       }
     }
@@ -353,7 +365,6 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
     RowState leaf[2];  // or of the whole item
-    RowResult result[2];
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -406,14 +417,15 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       release_half<kClusterSize>(&shared.right_empty[ring.stage]);
       ring = next;
       p_ring.advance();
-      if (kInvariant && span_ends) {
-        end_leaf(a, item, length, row_begin, 1, final, leaf, span, o, result);
-        if (final) break;
+      if constexpr (kInvariant) {
+        if (span_ends && !final) end_leaf(a, item, length, row_begin, 1, leaf, span, o);
       }
     }
-    float factor[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) factor[r] = kInvariant ? result[r].factor : leaf[r].inverse();
+    if constexpr (kInvariant) {
+      end_item<Element>(a, item, kv_head, row_begin, 1, leaf, span, o);
+      continue;
+    }
+    const float factor[2] = {leaf[0].inverse(), leaf[1].inverse()};
     store_output<Element, kRagged>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }

@@ -20,23 +20,29 @@ __device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
   const int smallest = one_tile ? kMinLeafPages : kMinSharedLeafPages;
   if (pages < 2 * smallest) return 1;
   const int log_most = 31 - __clz(pages / smallest);
-  const int log_root = (33 - __clz(pages - 1)) / 2 + one_tile;  // at least the root of the pages
+  const int log_root = (33 + one_tile - __clz(pages - 1)) / 2;  // at least the root of the pages
   const int count = 1 << (log_most < log_root ? log_most : log_root);
   return count < max_leaves ? count : max_leaves;
 }
 
-// The leaf that holds `page`, of a request of `pages` pages.
-__device__ __forceinline__ int leaf_number(int pages, int page, int max_leaves) {
-  const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
-  return ((static_cast<uint32_t>(page + 1) << log_count) - 1) / pages;
-}
+// Goes through the leaves of an item of a request of `pages` pages, one after the other: only where
+// it starts does it divide.
+struct LeafCursor {
+  int first, number;  // among the request's leaves: the item's first, and where the cursor is
 
-// Where that leaf ends.
-__device__ __forceinline__ int leaf_end(int pages, int page, int max_leaves) {
-  const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
-  const int64_t next = leaf_number(pages, page, max_leaves) + 1;
-  return static_cast<int>(pages * next >> log_count);
-}
+  __device__ __forceinline__ LeafCursor(int pages, int page_begin, int max_leaves) {
+    const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
+    first = number = ((static_cast<uint32_t>(page_begin + 1) << log_count) - 1) / pages;
+  }
+  // Among the item's leaves, from 0.
+  __device__ __forceinline__ int leaf() const { return number - first; }
+  // Page where the leaf ends, and the next one begins.
+  __device__ __forceinline__ int end(int pages, int max_leaves) const {
+    const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
+    return static_cast<int>(pages * (int64_t{number} + 1) >> log_count);
+  }
+  __device__ __forceinline__ void advance() { ++number; }
+};
 
 // The leaves of an item, counted from 0, are merged as a binary counter carries: bit n of what
 // this returns says that a subtree of 2^n leaves waits for the one that ends with `leaf`. The

@@ -11,7 +11,6 @@
 namespace flashmla {
 
 constexpr int kVectorColumns = 8;  // fp16 values in 16 bytes
-constexpr int kRowHalves = 2;      // as O is kept; each one warp's vectors
 static_assert(kRowHalves * 32 * kVectorColumns == kLatent);
 
 // Of both halves' scales, as PartialState keeps them, that of one.

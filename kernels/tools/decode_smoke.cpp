@@ -42,7 +42,7 @@ class Case {
         lse_(expected_.lse.size() + shape.spare_tokens() * shape.h_q),
         partial_out_(size_t{1} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows() *
                      kLatent / 2),  // of fp16
-        partial_lse_(size_t{2} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
+        partial_lse_(size_t{4} * FLASHMLA_SCHEDULE_MAX_ROUNDS * plan.parts * shape.rows()) {
     if (plan.items.empty()) return;
     items_ = Room<int32_t>(plan.items);
     part_offsets_ = Room<int32_t>(plan.part_offsets);

@@ -16,8 +16,9 @@ int main() {
   while (std::scanf("%d %d %d %d", &pages, &max_leaves, &begin, &item_end) == 4) {
     std::vector<std::string> rooms(__ffs(max_leaves) - 1);  // one for each level below the root
     std::string result;
-    for (int leaf = 0, page = begin; page < item_end; ++leaf) {
-      const int end = std::min(item_end, flashmla::leaf_end(pages, page, max_leaves));
+    flashmla::LeafCursor cursor(pages, begin, max_leaves);
+    for (int page = begin; page < item_end; cursor.advance()) {
+      const int leaf = cursor.leaf(), end = std::min(item_end, cursor.end(pages, max_leaves));
       std::printf("%d ", end);
       result = std::to_string(page);
       page = end;

@@ -64,7 +64,9 @@ typedef struct flashmla_decode_params {
   void* out;          // [B, S_q, H_q, 512] contiguous
   float* lse;         // [B, S_q, H_q]
   void* partial_out;  // [splits, H_kv, rows, 512] fp16, columns in an order of the kernels' own
-  void* partial_lse;  // [splits, H_kv, rows, 8 bytes] what belongs to a row of it; 8-byte aligned
+  // [splits, H_kv, rows, 8 bytes, in batch-invariant mode 16] what belongs to a row of it; 8-byte
+  // aligned
+  void* partial_lse;
   // Batch-invariant mode, 128-byte aligned: for each thread block of the decode kernel
   // log2(max_leaves) rooms for results that wait, of FLASHMLA_ROOM_FLOATS_OF_16_ROWS for every 16
   // rows each; none with a single leaf.

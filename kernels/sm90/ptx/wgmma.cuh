@@ -52,6 +52,14 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
+// Accumulators that nobody reads any more. A product that replaces them names them as inputs all the
+// same: without a value here they would keep their registers until then.
+template <int kCount>
+__device__ __forceinline__ void forget_registers(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("mov.b32 %0, 0;" : "=f"(values[i]));
+}
+
 // Keeps the compiler from working out a value again where it is used.
 __device__ __forceinline__ void pin_register(int& value) { asm volatile("" : "+r"(value)); }
 
