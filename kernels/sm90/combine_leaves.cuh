@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sm90/combine.cuh"
+#include "sm90/leaves.cuh"
 #include "sm90/node.cuh"
 
 namespace flashmla {
@@ -15,31 +16,48 @@ static_assert(kNodesInFlight << kLog2MostBatches == FLASHMLA_MAX_LEAVES);
 struct HalfRow {
   NodeState state;
   uint4 values;
+};
 
-  // The node above two siblings.
-  __device__ __forceinline__ HalfRow(const HalfRow& x, const HalfRow& y) {
-    const SiblingWeights weights(x.state, y.state);
-    state = weights.state;
-    values =
-        make_uint4(weights.merge(x.values.x, y.values.x), weights.merge(x.values.y, y.values.y),
-                   weights.merge(x.values.z, y.values.z), weights.merge(x.values.w, y.values.w));
+struct Siblings {
+  HalfRow first, second;
+
+  // The node above them.
+  __device__ __forceinline__ HalfRow merge() const {
+    const SiblingWeights weights(first.state, second.state);
+    const uint4 &x = first.values, &y = second.values;
+    return {weights.state, make_uint4(weights.merge(x.x, y.x), weights.merge(x.y, y.y),
+                                      weights.merge(x.z, y.z), weights.merge(x.w, y.w))};
   }
-  __device__ __forceinline__ HalfRow(const NodeState& state, const uint4& values)
-      : state(state), values(values) {}
-  HalfRow() = default;
 
-  // The output's values.
+  // The output's values, and the LSE, if that is the root.
   template <typename Element>
-  __device__ __forceinline__ uint4 finish() const {
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+  __device__ __forceinline__ uint4 merge_root(float* lse) const {
+    const SiblingWeights weights(first.state, second.state);
+    const uint32_t x[4] = {first.values.x, first.values.y, first.values.z, first.values.w};
+    const uint32_t y[4] = {second.values.x, second.values.y, second.values.z, second.values.w};
     float out[kVectorColumns];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      const float2 pair =
+          weights.merge_root(x[i], __half22float2(reinterpret_cast<const __half2&>(y[i])));
       out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
     }
-    return pack_vector<Element>(out, state.inverse());
+    *lse = weights.state.lse();
+    return pack_vector<Element>(out, weights.state.inverse());
   }
+};
+
+// A node in shared memory, of a warp that waits or for another one.
+struct SharedHalfRow {
+  uint4 values[32];
+  NodeState state;
+
+  __device__ __forceinline__ void put(const HalfRow& node) {
+    const int lane = threadIdx.x % 32;
+    values[lane] = node.values;
+    if (lane == 0) state = node.state;
+  }
+  __device__ __forceinline__ HalfRow get() const { return {state, values[threadIdx.x % 32]}; }
 };
 
 // The pieces of half a row, `stride` rows apart.
@@ -54,11 +72,13 @@ struct Pieces {
             __ldcs(out + i * stride * (kLatent / kVectorColumns))};
   }
 
-  // The node above `count` neighbours from `first` on, a power of two.
-  __device__ __forceinline__ HalfRow node_above(int first, int count) const {
-    HalfRow node, waiting[kLog2MostBatches];
+  // The node above `count` neighbours from `first` on, a power of two, and of which two it is made.
+  // `waiting` is the warp's own; few have so many pieces that they need it.
+  __device__ __forceinline__ HalfRow node_above(int first, int count, Siblings* made_of,
+                                                SharedHalfRow (&waiting)[kLog2MostBatches]) const {
+    HalfRow node;
 #pragma unroll 1
-    for (int batch = 0; batch * kNodesInFlight < count; ++batch) {
+    for (int batch = 0;; ++batch) {
       HalfRow nodes[kNodesInFlight];
 #pragma unroll
       for (int i = 0; i < kNodesInFlight; ++i) {
@@ -68,36 +88,33 @@ struct Pieces {
       for (int step = 1; step < kNodesInFlight; step *= 2) {
 #pragma unroll
         for (int i = 0; i + step < kNodesInFlight; i += 2 * step) {
-          if (i + step < count) nodes[i] = HalfRow(nodes[i], nodes[i + step]);
+          if (i + step >= count) continue;
+          const Siblings siblings{nodes[i], nodes[i + step]};
+          if (i == 0) *made_of = siblings;
+          nodes[i] = siblings.merge();
         }
       }
       node = nodes[0];
-      bool carries = true;  // as in a thread block: merged_subtrees
-#pragma unroll
-      for (int level = 0; level < kLog2MostBatches; ++level) {
-        if (!carries) continue;
-        carries = batch >> level & 1;
-        if (carries) {
-          node = HalfRow(waiting[level], node);
-        } else {
-          waiting[level] = node;
-        }
+      // As in a thread block.
+      const bool last = (batch + 1) * kNodesInFlight >= count;
+#pragma unroll 1
+      for (uint32_t levels = merged_subtrees(batch, last); levels != 0; levels &= levels - 1) {
+        *made_of = {waiting[__ffs(levels) - 1].get(), node};
+        node = made_of->merge();
       }
+      if (last) break;
+      __syncwarp();  // all lanes have read what this replaces
+      waiting[waiting_subtree(batch)].put(node);
+      __syncwarp();
     }
     return node;
   }
 };
 
-// A node on its way to another warp.
-struct SharedHalfRow {
-  uint4 values[32];
-  NodeState state;
-};
-
 template <typename Element>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ SharedHalfRow shared[kCombineWarps];
+  __shared__ SharedHalfRow shared[kCombineWarps], waiting[kCombineWarps][kLog2MostBatches];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   CutRequests requests(a);
@@ -121,6 +138,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     CutRequest request{};
     int active = 0;  // members with a subtree of the request
     HalfRow node;
+    Siblings made_of;
     if (real) {
       request = requests(a.all_rows.divide(unit / kRowHalves));
       active = min(group, request.count);
@@ -130,25 +148,27 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
                           piece_state(a, source, half), rows};
       const int count = request.count / active;
       if (member < active) {
-        node = pieces.node_above(member * count, count);
+        node = pieces.node_above(member * count, count, &made_of, waiting[warp]);
         if (discards) discard_half_rows(pieces.out, member * count, count, pieces.stride);
       }
     }
     for (int step = 1; step < group; step *= 2) {  // neighbours, then pairs of them
       if (member % (2 * step) == step) {
-        shared[warp].values[lane] = node.values;
-        if (lane == 0) shared[warp].state = node.state;
+        shared[warp].put(node);
       }
       __syncthreads();
-      if (member % (2 * step) == 0 && member + step < active)
-        node = HalfRow(node, {shared[warp + step].state, shared[warp + step].values[lane]});
+      if (member % (2 * step) != 0 || member + step >= active) continue;
+      made_of = {node, shared[warp + step].get()};
+      node = made_of.merge();
     }
     if (real && member == 0) {
+      float lse;
+      const uint4 out = made_of.merge_root<Element>(&lse);
       const int64_t target =
           output_row<false>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
       reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + lane] =
-          in_column_order(node.finish<Element>());
-      if (half == 0 && lane == 0) a.lse[target] = node.state.lse();
+          in_column_order(out);
+      if (half == 0 && lane == 0) a.lse[target] = lse;
     }
     if (group > 1) __syncthreads();  // the next round writes what may still be read
   }

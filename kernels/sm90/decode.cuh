@@ -202,9 +202,13 @@ __device__ __forceinline__ void end_item(const DecodeArguments& a, const Item& i
                                          int row_begin, int half, const RowState (&leaf)[2],
                                          const Span<true>& span, float (&o)[128]) {
   Node node(leaf, o);
-  const int number = span.cursor.leaf();
-  Rooms(a, row_begin).merge(merged_subtrees(number, true), half, node);
+  const Rooms rooms(a, row_begin);
+  const uint32_t waiting = merged_subtrees(span.cursor.leaf(), true);
+  // The highest of a whole request is what the root takes up.
+  const int root = item.split < 0 ? 31 - __clz(waiting) : -1;
+  rooms.merge(root < 0 ? waiting : waiting ^ 1u << root, half, node);
   node.unpack(o);
+  if (root >= 0) rooms.merge_root(root, half, node.rows, o);
   store_node<Element>(a, item, kv_head, row_begin, half, o, node.rows);
 }
 

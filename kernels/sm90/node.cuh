@@ -1,77 +1,12 @@
-// Batch-invariant mode: the result of a leaf, or of a subtree of leaves.
-//
-// A node is half of O as fp16 values in units of a power of two, not divided by the row's sum of
-// exponentials, which is in the same unit. Siblings then weigh powers of two: merging them rounds
-// each value once, and is packed arithmetic. Every leaf goes through fp16, be it alone, and every
-// rounding is spelled out: a node has one value wherever a request is cut.
+// Batch-invariant mode: a node in the registers of a warpgroup, from the accumulators of a leaf to
+// memory.
 #pragma once
 
 #include "sm90/output.cuh"
+#include "sm90/siblings.cuh"
 #include "sm90/softmax.cuh"
 
 namespace flashmla {
-
-// What belongs to a row of a node: the unit is 2^exponent.
-struct NodeState {
-  float sum;  // 0: the row saw no token
-  int exponent;
-
-  __device__ __forceinline__ float inverse() const {
-    return sum != 0.0f ? reciprocal_fast(sum) : 0.0f;
-  }
-  // Natural log of the sum of exponentials, -inf for a row that saw no token.
-  __device__ __forceinline__ float lse() const {
-    constexpr float kLn2 = 0.6931471805599453f;
-    return sum != 0.0f ? __fmul_rn(__fadd_rn(log2_fast(sum), __int2float_rn(exponent)), kLn2)
-                       : kNegativeInfinity;
-  }
-};
-
-// 2^exponent for one that is not positive; 0 where no normal float is so small.
-__device__ __forceinline__ float power_of_two(int exponent) {
-  return __int_as_float(max(exponent + 127, 0) << 23);
-}
-
-// What brings a leaf's row to the unit of its node. The largest of its values becomes 2^6 .. 2^8:
-// each of log2(FLASHMLA_MAX_LEAVES) merges may double it, and fp16 ends at 2^16.
-struct LeafScale {
-  static_assert(FLASHMLA_MAX_LEAVES <= 1 << 7);
-  float up;
-  NodeState state;
-
-  __device__ __forceinline__ LeafScale(const RowState& row, float largest) {
-    constexpr int kNoToken = -(1 << 30);  // below all others
-    constexpr float kMostAnchor = 1 << 29;
-    const float whole = floorf(fminf(fmaxf(row.anchor, -kMostAnchor), kMostAnchor));
-    // Of 255: infinite, or not a number, as the result then is.
-    const int exponent = (__float_as_int(largest) >> 23) - 127, shift = min(6 - exponent, 103);
-    up = __fmul_rn(exp2_fast(__fsub_rn(row.anchor, whole)), __int_as_float((shift + 127) << 23));
-    state.sum = __fmul_rn(row.sum, up);
-    state.exponent = row.sum != 0.0f ? static_cast<int>(whole) - shift : kNoToken;
-  }
-};
-
-// What two siblings weigh in the node above them, and its state.
-struct SiblingWeights {
-  __half2 first, second;
-  NodeState state;
-
-  __device__ __forceinline__ SiblingWeights(const NodeState& x, const NodeState& y) {
-    state.exponent = max(x.exponent, y.exponent);
-    const float x_weight = power_of_two(x.exponent - state.exponent);
-    const float y_weight = power_of_two(y.exponent - state.exponent);
-    state.sum = __fmaf_rn(y.sum, y_weight, __fmul_rn(x.sum, x_weight));
-    first = __float2half2_rn(x_weight);
-    second = __float2half2_rn(y_weight);
-  }
-
-  // Two values of the node above from two of each sibling.
-  __device__ __forceinline__ uint32_t merge(uint32_t x, uint32_t y) const {
-    const __half2 merged = __hfma2(reinterpret_cast<const __half2&>(y), second,
-                                   __hmul2_rn(reinterpret_cast<const __half2&>(x), first));
-    return reinterpret_cast<const uint32_t&>(merged);
-  }
-};
 
 // Half of O of this thread's two rows; words alternate between them.
 struct Node {
@@ -87,7 +22,7 @@ struct Node {
     float up[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const LeafScale scale(leaf[r], largest_of_row(o, r));
+      const LeafScale scale(leaf[r].anchor, leaf[r].sum, largest_of_row(o, r));
       up[r] = scale.up, rows[r] = scale.state;
     }
 #pragma unroll
@@ -111,7 +46,7 @@ __device__ __forceinline__ NodeState* piece_state(const DecodeArguments& a, int6
   return reinterpret_cast<NodeState*>(a.partial_lse) + (partial * kRowHalves + half);
 }
 
-// The values of an item's node, unpacked, to the output or to the partial results.
+// An item's node, its values as the accumulator had them, to the output or to the partial results.
 template <typename Element>
 __device__ __forceinline__ void store_node(const DecodeArguments& a, const Item& item, int kv_head,
                                            int row_begin, int half, const float (&o)[128],

@@ -45,28 +45,69 @@ class Rooms {
   // Takes up what waits in the rooms that are bits of `levels`, the lowest first.
   __device__ __forceinline__ void merge(uint32_t levels, int half, Node& node) const {
 #pragma unroll 1
-    for (; levels != 0; levels &= levels - 1) merge_room(__ffs(levels) - 1, half, node);
+    for (; levels != 0; levels &= levels - 1) {
+      const int level = __ffs(levels) - 1;
+      const uint4 state = load(states(level, half));
+      const uint4* const from = values(level, half);
+      uint4 x[kVectors];
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) x[i] = load(from + 32 * i);
+      const SiblingWeights weights[2] = {siblings(state, 0, node.rows),
+                                         siblings(state, 1, node.rows)};
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const uint32_t waiting[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          node.words[4 * i + j] = weights[j & 1].merge(waiting[j], node.words[4 * i + j]);
+      }
+      node.rows[0] = weights[0].state, node.rows[1] = weights[1].state;
+      discard(from);
+    }
+  }
+
+  // Takes up what waits for the last node of a request, unpacked: then it is the root, which is not
+  // rounded.
+  __device__ __forceinline__ void merge_root(int level, int half, NodeState (&rows)[2],
+                                             float (&o)[128]) const {
+    constexpr int kInFlight = 8;
+    const uint4 state = load(states(level, half));
+    const uint4* const from = values(level, half);
+    const SiblingWeights weights[2] = {siblings(state, 0, rows), siblings(state, 1, rows)};
+#pragma unroll
+    for (int batch = 0; batch < kVectors; batch += kInFlight) {
+      // Always so: no number has all bits set, NaN neither. Or the compiler would start more loads
+      // at once than there are registers for.
+      const bool merged = batch == 0 || __float_as_uint(o[8 * batch - 1]) != ~0u;
+      uint4 x[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i)
+        x[i] = real() && merged ? ptx::load_kept(from + 32 * (batch + i)) : uint4{};
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const uint32_t waiting[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float* const own = o + 2 * (4 * (batch + i) + j);
+          const float2 root = weights[j & 1].merge_root(waiting[j], {own[0], own[1]});
+          own[0] = root.x, own[1] = root.y;
+        }
+      }
+    }
+    rows[0] = weights[0].state, rows[1] = weights[1].state;
+    discard(from);
   }
 
  private:
-  __device__ __forceinline__ void merge_room(int level, int half, Node& node) const {
-    const uint4* const from = values(level, half);
-    const uint4 state = load(states(level, half));
-    uint4 x[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) x[i] = load(from + 32 * i);
-    const SiblingWeights weights[2] = {
-        {{__uint_as_float(state.x), static_cast<int>(state.y)}, node.rows[0]},
-        {{__uint_as_float(state.z), static_cast<int>(state.w)}, node.rows[1]}};
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const uint32_t waiting[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        node.words[4 * i + j] = weights[j & 1].merge(waiting[j], node.words[4 * i + j]);
-    }
-    node.rows[0] = weights[0].state, node.rows[1] = weights[1].state;
-    // Nobody reads it again before it is written again.
+  // What weighs a row that waits, and the same of the node that takes it up.
+  __device__ __forceinline__ static SiblingWeights siblings(const uint4& waiting, int row,
+                                                            const NodeState (&rows)[2]) {
+    const uint32_t sum = row == 0 ? waiting.x : waiting.z;
+    return {{__uint_as_float(sum), static_cast<int>(row == 0 ? waiting.y : waiting.w)}, rows[row]};
+  }
+
+  // Nobody reads it again before it is written again.
+  __device__ __forceinline__ void discard(const uint4* from) const {
     __syncwarp();
     if (real() && thread_ % 8 == 0) {
 #pragma unroll

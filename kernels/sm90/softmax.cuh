@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "sm90/ptx/math.cuh"
 #include "sm90/quad.cuh"
 
 namespace flashmla {
@@ -35,25 +36,6 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// 2^x; numbers too small for a normal float become 0.
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
 // is theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it
 // is of the request's own tokens.
@@ -62,12 +44,13 @@ struct RowState {
 
   // 1 / sum, 0 for a row that saw no token.
   __device__ __forceinline__ float inverse() const {
-    return sum != 0.0f ? reciprocal_fast(sum) : 0.0f;
+    return sum != 0.0f ? ptx::reciprocal_fast(sum) : 0.0f;
   }
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
   __device__ __forceinline__ float lse() const {
     constexpr float kLn2 = 0.6931471805599453f;
-    return sum != 0.0f ? __fmul_rn(__fadd_rn(anchor, log2_fast(sum)), kLn2) : kNegativeInfinity;
+    return sum != 0.0f ? __fmul_rn(__fadd_rn(anchor, ptx::log2_fast(sum)), kLn2)
+                       : kNegativeInfinity;
   }
 };
 
@@ -109,7 +92,7 @@ struct OnlineSoftmax {
       const float next = fmaxf(maximum[r], quad_max(largest[r][0]));
       // A row that has seen no token keeps the anchor finite, so that exp2 gives 0 and not NaN.
       anchor[r] = next == kNegativeInfinity ? 0.0f : next * scale_log2;
-      rescale[r] = exp2_fast(maximum[r] * scale_log2 - anchor[r]);
+      rescale[r] = ptx::exp2_fast(maximum[r] * scale_log2 - anchor[r]);
       maximum[r] = next;
       sum[r] *= rescale[r];
     }
@@ -123,8 +106,8 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int i = 8 * k + 2 * j, r = j & 1;
-      const float low = exp2_fast(fmaf(scores[i], scale_log2, -anchor[r]));
-      const float high = exp2_fast(fmaf(scores[i + 1], scale_log2, -anchor[r]));
+      const float low = ptx::exp2_fast(fmaf(scores[i], scale_log2, -anchor[r]));
+      const float high = ptx::exp2_fast(fmaf(scores[i + 1], scale_log2, -anchor[r]));
       sum[r] += low + high;
       probabilities[j] = pack<Element>(low, high);
     }

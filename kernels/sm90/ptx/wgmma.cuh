@@ -52,8 +52,8 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// Accumulators that nobody reads any more. A product that replaces them names them as inputs all the
-// same: without a value here they would keep their registers until then.
+// Accumulators that nobody reads any more. A product that replaces them names them as inputs all
+// the same: without a value here they would keep their registers until then.
 template <int kCount>
 __device__ __forceinline__ void forget_registers(float (&values)[kCount]) {
 #pragma unroll

@@ -1,0 +1,98 @@
+// Batch-invariant mode: the numbers of a node, the result of a leaf or of a subtree of leaves.
+//
+// A node is half of O as fp16 values in units of a power of two, not divided by the row's sum of
+// exponentials, which is in the same unit. Siblings then weigh powers of two: merging them rounds
+// each value once, and is packed arithmetic. The root alone is not rounded: it goes to the output.
+// All else that rounds is spelled out, so a node has one value wherever a request is cut.
+//
+// Nothing here that one thread cannot do by itself: tests/emulation compiles it for the host.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "sm90/ptx/math.cuh"
+
+namespace flashmla {
+
+// What belongs to a row of a node: the unit is 2^exponent.
+struct NodeState {
+  float sum;  // 0: the row saw no token
+  int exponent;
+
+  __device__ __forceinline__ float inverse() const {
+    return sum != 0.0f ? ptx::reciprocal_fast(sum) : 0.0f;
+  }
+  // Natural log of the sum of exponentials, -inf for a row that saw no token. The logarithm of the
+  // unit is a whole number and added as such: the magnitude of O must not show.
+  __device__ __forceinline__ float lse() const {
+    constexpr float kLn2 = 0.6931471805599453f, kInfinity = __builtin_huge_valf();
+    const int bits = __float_as_int(sum);
+    const float mantissa = __int_as_float((bits & 0x7fffff) | 0x3f800000);  // 1 .. 2
+    const float whole = __int2float_rn((bits >> 23) - 127 + exponent);
+    const float log = __fmul_rn(__fadd_rn(ptx::log2_fast(mantissa), whole), kLn2);
+    return sum != 0.0f ? __fmaf_rn(sum, 0.0f, log) : -kInfinity;  // NaN if the sum is
+  }
+};
+
+// What brings a leaf's row to the unit of its node.
+struct LeafScale {
+  float up;
+  NodeState state;
+
+  // Exponentials are relative to `anchor`, in log2 units, and `sum` is theirs; `largest` is the
+  // largest magnitude of the half row.
+  __device__ __forceinline__ LeafScale(float anchor, float sum, float largest) {
+    constexpr int kNoToken = -(1 << 30);  // below all others
+    constexpr float kMostAnchor = 1 << 29;
+    const float whole = floorf(fminf(fmaxf(anchor, -kMostAnchor), kMostAnchor));
+    const float fraction = ptx::exp2_fast(__fsub_rn(anchor, whole));
+    // The largest value becomes 2^14 .. 2^15. Of 128: infinite, or not a number, as it then is.
+    const int exponent = (__float_as_int(__fmul_rn(largest, fraction)) >> 23) - 127;
+    const int shift = min(14 - exponent, 103);
+    up = __fmul_rn(fraction, __int_as_float((shift + 127) << 23));
+    state.sum = __fmul_rn(sum, up);
+    state.exponent = sum != 0.0f ? static_cast<int>(whole) - shift : kNoToken;
+  }
+};
+
+// What two siblings weigh in the node above them, and its state.
+struct SiblingWeights {
+  float first, second;
+  NodeState state;
+
+  __device__ __forceinline__ SiblingWeights(const NodeState& x, const NodeState& y) {
+    // Values of similar weight may add up to twice as much, which fp16 does not hold; others hardly
+    // to more than the larger, and fp16 ends at twice what a leaf may have.
+    constexpr int kSimilar = 10;
+    const int distance = x.exponent - y.exponent;
+    const bool similar = -kSimilar < distance && distance < kSimilar;
+    state.exponent = max(x.exponent, y.exponent) + similar;
+    first = power_of_two(x.exponent - state.exponent);
+    second = power_of_two(y.exponent - state.exponent);
+    state.sum = __fmaf_rn(y.sum, second, __fmul_rn(x.sum, first));
+  }
+
+  // Two values of the node above from two of each sibling.
+  __device__ __forceinline__ uint32_t merge(uint32_t x, uint32_t y) const {
+    const __half2 merged =
+        __hfma2(reinterpret_cast<const __half2&>(y), __float2half2_rn(second),
+                __hmul2_rn(reinterpret_cast<const __half2&>(x), __float2half2_rn(first)));
+    return reinterpret_cast<const uint32_t&>(merged);
+  }
+  // The same of the root, the second sibling's unpacked.
+  __device__ __forceinline__ float2 merge_root(uint32_t x, const float2& y) const {
+    const float2 unpacked = __half22float2(reinterpret_cast<const __half2&>(x));
+    return {__fmaf_rn(unpacked.x, first, __fmul_rn(y.x, second)),
+            __fmaf_rn(unpacked.y, first, __fmul_rn(y.y, second))};
+  }
+
+ private:
+  // Of an exponent that is not positive; 0 where no normal float is so small.
+  __device__ __forceinline__ static float power_of_two(int exponent) {
+    return __int_as_float(max(exponent + 127, 0) << 23);
+  }
+};
+
+}  // namespace flashmla
