@@ -4,7 +4,7 @@ A request's pages are cut into *leaves*, each attended to on its own, and the re
 tree. Work items are whole requests or subtrees of a power of two of leaves, so that wherever a schedule cuts, every
 result is made of the same parts in the same order.
 
-The Hopper kernels keep every node, the root too, as fp16 values in units of a power of two, be it in memory or in
+The Hopper kernels keep every node but the root as fp16 values in units of a power of two, be it in memory or in
 registers: where it lies depends on the cut, and its bits must not. The CPU keeps all of them fp32.
 
 More leaves let more thread blocks share a request; every one costs a store and a load of its rows.
@@ -29,14 +29,14 @@ def max_leaves(row_tiles: int) -> int:
 
 
 def leaf_count(pages: int, most: int) -> int:
-    """Leaves of a request: a power of two, about the root of its pages, more of them for a single row tile.
+    """Leaves of a request: a power of two, about the root of its pages, twice that for a single row tile.
 
     None is smaller than MIN_LEAF_PAGES or MIN_SHARED_LEAF_PAGES unless it is alone.
     """
     one_tile = most == MAX_LEAVES
     smallest = MIN_LEAF_PAGES if one_tile else MIN_SHARED_LEAF_PAGES
     log_most = max(1, pages // smallest).bit_length() - 1
-    log_root = (max(0, pages - 1).bit_length() + 1 + one_tile) // 2
+    log_root = (max(0, pages - 1).bit_length() + 1) // 2 + one_tile
     return min(most, 1 << min(log_most, log_root))
 
 

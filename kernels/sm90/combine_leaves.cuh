@@ -4,7 +4,7 @@
 
 #include "sm90/combine.cuh"
 #include "sm90/leaves.cuh"
-#include "sm90/node.cuh"
+#include "sm90/siblings.cuh"
 
 namespace flashmla {
 

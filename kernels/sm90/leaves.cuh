@@ -20,7 +20,7 @@ __device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
   const int smallest = one_tile ? kMinLeafPages : kMinSharedLeafPages;
   if (pages < 2 * smallest) return 1;
   const int log_most = 31 - __clz(pages / smallest);
-  const int log_root = (33 + one_tile - __clz(pages - 1)) / 2;  // at least the root of the pages
+  const int log_root = (33 - __clz(pages - 1)) / 2 + one_tile;  // at least the root of the pages
   const int count = 1 << (log_most < log_root ? log_most : log_root);
   return count < max_leaves ? count : max_leaves;
 }

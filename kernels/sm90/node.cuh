@@ -40,12 +40,6 @@ struct Node {
   }
 };
 
-// State of half a row of a piece, among the partial results.
-__device__ __forceinline__ NodeState* piece_state(const DecodeArguments& a, int64_t partial,
-                                                  int half) {
-  return reinterpret_cast<NodeState*>(a.partial_lse) + (partial * kRowHalves + half);
-}
-
 // An item's node, its values as the accumulator had them, to the output or to the partial results.
 template <typename Element>
 __device__ __forceinline__ void store_node(const DecodeArguments& a, const Item& item, int kv_head,

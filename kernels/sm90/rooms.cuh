@@ -12,8 +12,8 @@ namespace flashmla {
 // of both, each thread's vectors as a warp stores them side by side.
 class Rooms {
  public:
-  static constexpr int kVectors = sizeof(Node::words) / sizeof(uint4);  // of a thread
-  static constexpr int kValueBytes = kVectors * 32 * sizeof(uint4);     // of a warp
+  static constexpr int kVectors = sizeof(Node::words) / (sizeof(uint4));  // of a thread
+  static constexpr int kValueBytes = kVectors * 32 * sizeof(uint4);       // of a warp
   static constexpr int kStateBytes = 32 * sizeof(uint4);
   static constexpr int kWarpBytes = 2 * (kValueBytes + kStateBytes);
   static_assert(kWarpBytes == 4 * FLASHMLA_ROOM_FLOATS_OF_16_ROWS, "as callers allocate");

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "sm90/decode_params.cuh"
 #include "sm90/ptx/math.cuh"
 
 namespace flashmla {
@@ -94,5 +95,11 @@ struct SiblingWeights {
     return __int_as_float(max(exponent + 127, 0) << 23);
   }
 };
+
+// State of half a row of a piece, among the partial results.
+__device__ __forceinline__ NodeState* piece_state(const DecodeArguments& a, int64_t partial,
+                                                  int half) {
+  return reinterpret_cast<NodeState*>(a.partial_lse) + (partial * kRowHalves + half);
+}
 
 }  // namespace flashmla

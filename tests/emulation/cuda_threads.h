@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -161,17 +162,30 @@ inline void __syncwarp() {
   emulation::warp_collective(0, [](const int64_t*, int) { return 0; });
 }
 
+// The value of the lane that `source` says, of any type of up to eight bytes.
+template <typename T, typename Source>
+T shuffle(T value, const Source& source) {
+  int64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(value));
+  const int64_t received = emulation::warp_collective(
+      bits, [&](const int64_t* values, int lane) { return values[source(lane)]; });
+  std::memcpy(&value, &received, sizeof(value));
+  return value;
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return emulation::warp_collective(
-      value, [=](const int64_t* values, int lane) { return static_cast<T>(values[lane ^ mask]); });
+  return shuffle(value, [=](int lane) { return lane ^ mask; });
 }
 
 template <typename T>
 T __shfl_up_sync(unsigned, T value, int delta) {
-  return emulation::warp_collective(value, [=](const int64_t* values, int lane) {
-    return static_cast<T>(values[lane >= delta ? lane - delta : lane]);
-  });
+  return shuffle(value, [=](int lane) { return lane >= delta ? lane - delta : lane; });
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+  return shuffle(value, [=](int) { return from; });
 }
 
 inline int __reduce_add_sync(unsigned, int value) {
@@ -197,6 +211,16 @@ inline unsigned __match_any_sync(unsigned, int value) {
     return peers;
   });
 }
+
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return emulation::warp_collective(value, [](const int64_t* values, int) {
+    unsigned set = 0;
+    for (int i = 0; i < 32; ++i) set |= static_cast<unsigned>(values[i] != 0) << i;
+    return set;
+  });
+}
+
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
 
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(value); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }

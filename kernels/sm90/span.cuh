@@ -1,0 +1,77 @@
+// What the decode kernel computes from fresh accumulators, and in batch-invariant mode what becomes
+// of it.
+#pragma once
+
+#include "sm90/leaves.cuh"
+#include "sm90/node.cuh"
+#include "sm90/ptx/wgmma.cuh"
+#include "sm90/rooms.cuh"
+
+namespace flashmla {
+
+// Pages that are computed from fresh accumulators: a leaf, or in free mode the whole item.
+template <bool kInvariant>
+struct Span {
+  int end;
+  bool fresh = true;
+
+  __device__ __forceinline__ Span(const DecodeArguments&, const Item& item, int)
+      : end(item.page_end) {}
+};
+
+template <>
+struct Span<true> {
+  int end;
+  bool fresh;
+  LeafCursor cursor;
+
+  __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length)
+      : cursor(pages_of(item, length), item.page_begin, a.max_leaves) {
+    start(a, item, length);
+  }
+  __device__ __forceinline__ void advance(const DecodeArguments& a, const Item& item, int length) {
+    cursor.advance();
+    start(a, item, length);
+  }
+
+ private:
+  __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length) {
+    fresh = true;
+    end = min(item.page_end, cursor.end(pages_of(item, length), a.max_leaves));
+  }
+  // A plan older than its lengths may ask for pages that the request no longer has.
+  __device__ __forceinline__ static int pages_of(const Item& item, int length) {
+    return max((length + kTileTokens - 1) / kTileTokens, item.page_end);
+  }
+};
+
+// A leaf takes up what waits for it, then waits itself.
+__device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& item, int length,
+                                         int row_begin, int half, const RowState (&leaf)[2],
+                                         Span<true>& span, float (&o)[128]) {
+  Node node(leaf, o);
+  const Rooms rooms(a, row_begin);
+  const int number = span.cursor.leaf();
+  rooms.merge(merged_subtrees(number, false), half, node);
+  rooms.store(waiting_subtree(number), half, node);
+  span.advance(a, item, length);
+  ptx::forget_registers(o);  // the next leaf's first product replaces them
+}
+
+// The last leaf takes up all that wait, and is stored.
+template <typename Element>
+__device__ __forceinline__ void end_item(const DecodeArguments& a, const Item& item, int kv_head,
+                                         int row_begin, int half, const RowState (&leaf)[2],
+                                         const Span<true>& span, float (&o)[128]) {
+  Node node(leaf, o);
+  const Rooms rooms(a, row_begin);
+  const uint32_t waiting = merged_subtrees(span.cursor.leaf(), true);
+  // The highest of a whole request is what the root takes up.
+  const int root = item.split < 0 ? 31 - __clz(waiting) : -1;
+  rooms.merge(root < 0 ? waiting : waiting ^ 1u << root, half, node);
+  node.unpack(o);
+  if (root >= 0) rooms.merge_root(root, half, node.rows, o);
+  store_node<Element>(a, item, kv_head, row_begin, half, o, node.rows);
+}
+
+}  // namespace flashmla

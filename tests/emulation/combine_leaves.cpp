@@ -1,0 +1,74 @@
+// Runs the combine kernel of batch-invariant mode on the CPU, case after case from stdin:
+//   blocks rows batch order, then how many pieces each request was cut into (0: not), then of every
+//   piece, row and half its sum and exponent, and 256 values
+// and prints of every row its LSE and 512 values of the output, NaN for those of whole requests.
+// Values are fp16, in the order in which an accumulator's threads hold them.
+#include <cstdio>
+
+#include "cuda_threads.h"
+
+#define __global__
+#define __grid_constant__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct Index {
+  int x;
+} blockIdx, gridDim;
+
+// after the emulated CUDA names
+#include "sm90/combine_leaves.cuh"
+
+using namespace flashmla;
+
+int main() {
+  emulation::Block block(kCombineThreads);
+  emulation::Block::active() = &block;
+  int blocks, rows, batch, descending;
+  while (std::scanf("%d %d %d %d", &blocks, &rows, &batch, &descending) == 4) {
+    std::vector<int32_t> offsets(batch + 1);
+    for (int i = 0; i < batch; ++i) {
+      if (std::scanf("%d", &offsets[i + 1]) != 1) return 1;
+      offsets[i + 1] += offsets[i];
+    }
+    const size_t halves = size_t{2} * offsets[batch] * rows;
+    std::vector<NodeState> states(halves);
+    std::unique_ptr<__half[]> values(new (std::align_val_t{128}) __half[halves * 256 + 64]);
+    for (size_t i = 0; i < halves; ++i) {
+      if (std::scanf("%f %d", &states[i].sum, &states[i].exponent) != 2) return 1;
+      for (int j = 0; j < 256; ++j) {
+        float value;
+        if (std::scanf("%f", &value) != 1) return 1;
+        values[i * 256 + j] = {to_half(value)};
+      }
+    }
+    const size_t out_rows = size_t{1} * batch * rows;
+    std::unique_ptr<uint4[]> out(new uint4[out_rows * kLatent / kVectorColumns]);
+    std::fill_n(reinterpret_cast<uint8_t*>(out.get()), out_rows * kLatent * 2, 0xff);
+    std::vector<float> lse(out_rows, std::nanf(""));
+    DecodeArguments a{};
+    a.split_offsets = offsets.data();
+    a.batch = batch;
+    a.partial_out = values.get();
+    a.partial_lse = reinterpret_cast<PartialState*>(states.data());
+    a.out = out.get();
+    a.lse = lse.data();
+    a.s_q = 1;
+    a.h_q = a.rows = rows;
+    a.h_kv = 1;
+    a.group = a.head_rows = a.all_rows = Divisor(rows);
+    gridDim.x = blocks;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+      block.run([&] { combine_leaves_kernel<__half>(a); },
+                descending ? emulation::Order::kDescending : emulation::Order::kAscending);
+    }
+    for (size_t row = 0; row < out_rows; ++row) {
+      std::printf("%.17g", static_cast<double>(lse[row]));
+      const auto* columns = reinterpret_cast<const __half*>(out.get()) + row * kLatent;
+      for (int i = 0; i < kLatent; ++i)
+        std::printf(" %.17g", static_cast<double>(columns[i].value));
+      std::printf("\n");
+    }
+    values.release();
+  }
+}

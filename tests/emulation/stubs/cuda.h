@@ -1,0 +1,6 @@
+// What the kernels' headers take from the driver's.
+#pragma once
+
+struct CUtensorMap {
+  char opaque[128];
+};

@@ -1,0 +1,139 @@
+"""The combine kernel of batch-invariant mode, on the CPU, against the tree of siblings that it stands for."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+NO_TOKEN = -(1 << 30)  # exponent of a row that saw none
+SIMILAR = 10  # distance of exponents from which on siblings may not add up to twice the larger
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+
+
+@dataclass
+class Pieces:
+    """Of a batch: per piece, row and half."""
+
+    counts: list[int]  # of each request, 0: it was not cut
+    rows: int
+    values: torch.Tensor  # [pieces, rows, 2, 256] fp16
+    sums: torch.Tensor  # [pieces, rows, 2] fp32
+    exponents: torch.Tensor  # [pieces, rows, 2] int64
+
+
+Combine = Callable[[Pieces, int, bool], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
+    """LSE, then 512 values of the output, of every row: [B * rows, 513] fp64."""
+    program = tmp_path_factory.mktemp("emulation") / "combine_leaves"
+    folders = ("tests/emulation/stubs", "kernels", "kernels/include")
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+    source = str(ROOT / "tests/emulation/combine_leaves.cpp")
+    includes = [f"-I{ROOT / folder}" for folder in folders]
+    subprocess.run(["g++", *flags, *includes, source, "-o", str(program)], check=True)
+
+    def run(pieces: Pieces, blocks: int, descending: bool) -> torch.Tensor:
+        head = [blocks, pieces.rows, len(pieces.counts), int(descending), *pieces.counts]
+        states = torch.stack([pieces.sums.double(), pieces.exponents.double()], dim=-1)
+        data = torch.cat([states, pieces.values.double()], dim=-1).flatten(0, -2).tolist()
+        lines = [" ".join(map(str, head))]
+        lines += [f"{sum_:.17g} {int(exponent)} " + " ".join(f"{x:.17g}" for x in values) for sum_, exponent, *values in data]
+        output = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+        return torch.tensor([[float(x) for x in line.split()] for line in output.splitlines()], dtype=torch.float64)
+
+    return run
+
+
+def make_pieces(counts: list[int], rows: int, seed: int) -> Pieces:
+    """Values as large as fp16 nodes may be, units and sums far apart and alike, rows that saw no token."""
+    source = torch.Generator().manual_seed(seed)
+    shape = (sum(counts), rows, 2)
+    values = (torch.randn(*shape, 256, generator=source) * 2.0**13).clamp(-(2.0**15), 2.0**15).half()
+    values[..., :8] = 2.0**15  # siblings of one sign: do they stay within fp16?
+    exponents = torch.randint(-12, 13, shape, generator=source) * torch.randint(0, 3, shape, generator=source)
+    sums = torch.rand(shape, generator=source) * 2.0**14 + 2.0**10
+    blind = torch.rand(shape[:2], generator=source) < 0.2
+    values[blind], sums[blind], exponents[blind] = 0, 0, NO_TOKEN
+    return Pieces(counts, rows, values, sums.float(), exponents)
+
+
+def weights(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of siblings with these exponents, and the exponent of the node above them."""
+    above = torch.maximum(x, y) + ((x - y).abs() < SIMILAR)
+    first, second = (2.0 ** (own - above).clamp(min=-200).double() for own in (x, y))
+    return first, second, above
+
+
+def expected(pieces: Pieces) -> torch.Tensor:
+    """Sums of two products with powers of two are exact in fp64, so what rounds is seen here."""
+    found = torch.full((len(pieces.counts) * pieces.rows, 513), float("nan"), dtype=torch.float64)
+    begin = 0
+    for request, count in enumerate(pieces.counts):
+        nodes = [
+            (pieces.values[i].double(), pieces.sums[i], pieces.exponents[i]) for i in range(begin, begin + count)
+        ]
+        begin += count
+        while len(nodes) > 1:
+            root = len(nodes) == 2
+            merged = []
+            for (x, x_sum, x_exponent), (y, y_sum, y_exponent) in zip(nodes[::2], nodes[1::2], strict=True):
+                first, second, above = weights(x_exponent, y_exponent)
+                least = 0.0 if root else 2.0**-25  # fp16 knows no smaller power of two
+                w, v = (torch.where(weight > least, weight, 0.0)[..., None] for weight in (first, second))
+                values = x * w + y * v
+                rounded = values.float() if root else values.half()
+                sums = (x_sum.double() * first + y_sum.double() * second).float()
+                merged.append((rounded.double(), sums, above))
+            nodes = merged
+        if count == 0:
+            continue
+        ((values, sums, exponent),) = nodes
+        inverse = torch.where(sums > 0, 1 / sums, 0.0)
+        out = (values.float() * inverse[..., None]).half().double()
+        lse = sums[:, 0].double().log() + exponent[:, 0] * torch.log(torch.tensor(2.0, dtype=torch.float64))
+        own = slice(request * pieces.rows, (request + 1) * pieces.rows)
+        found[own, 0] = torch.where(sums[:, 0] > 0, lse, float("-inf"))
+        found[own, 1:] = in_column_order(out).flatten(1)
+    return found
+
+
+def in_column_order(values: torch.Tensor) -> torch.Tensor:
+    """[rows, 2, 256]: of 32 columns, which four vectors of eight hold, each has every fourth pair."""
+    return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def check(combine: Combine, pieces: Pieces, blocks: int, descending: bool = False) -> None:
+    ours, theirs = combine(pieces, blocks, descending), expected(pieces)
+    assert torch.equal(ours[:, 1:].isnan(), theirs[:, 1:].isnan())
+    assert torch.equal(ours[:, 1:].nan_to_num(), theirs[:, 1:].nan_to_num())
+    assert torch.allclose(ours[:, 0], theirs[:, 0], rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_one_request(combine: Combine, count: int, blocks: int) -> None:
+    """One row: as many warps as there are pieces, or sixteen."""
+    check(combine, make_pieces([count], rows=1, seed=count), blocks, descending=blocks == 3)
+
+
+@pytest.mark.parametrize("counts", [[128], [2, 0, 64, 4], [16, 16]])
+def test_more_half_rows_than_warps(combine: Combine, counts: list[int]) -> None:
+    check(combine, make_pieces(counts, rows=11, seed=1), blocks=1)
+
+
+def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
+    numbers = random.Random(2)
+    for seed in range(6):
+        counts = [numbers.choice([0, 0, 2, 4, 8]) for _ in range(numbers.choice([3, 40]))]
+        check(combine, make_pieces(counts, rows=numbers.choice([1, 3]), seed=seed), blocks=numbers.choice([2, 5]))

@@ -1,0 +1,42 @@
+"""What the kernels make of leaves in batch-invariant mode, on the CPU: the same bits wherever a request is cut."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flashmla_backend.leaves import leaf_count
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("emulation") / "leaf_results"
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+    includes = [f"-I{ROOT / folder}" for folder in ("tests/emulation/stubs", "kernels", "kernels/include")]
+    source = str(ROOT / "tests/emulation/leaf_results.cpp")
+    subprocess.run(["g++", *flags, *includes, source, "-o", str(path)], check=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    "most, pages, rows",
+    [(128, 1, 1), (128, 8, 64), (128, 20, 16), (128, 64, 37), (128, 3000, 5), (64, 200, 64), (16, 300, 64)],
+)
+def test_bits_are_those_of_the_request_uncut(program: Path, most: int, pages: int, rows: int) -> None:
+    """Scores alike, apart and far apart; O of any magnitude; rows of some leaves see no token."""
+    cases = "\n".join(f"{pages} {rows} {most} {seed} {seed % 2}" for seed in range(3))
+    done = subprocess.run([program], input=cases, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 3
+    for leaves, other_bits, other_scales, error, lse_error in lines:
+        assert int(leaves) == leaf_count(pages, most)
+        assert (int(other_bits), int(other_scales)) == (0, 0)
+        assert float(error) < 1.3  # of bf16's own rounding
+        assert float(lse_error) < 2e-5
