@@ -48,9 +48,12 @@ def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
         states = torch.stack([pieces.sums.double(), pieces.exponents.double()], dim=-1)
         data = torch.cat([states, pieces.values.double()], dim=-1).flatten(0, -2).tolist()
         lines = [" ".join(map(str, head))]
-        lines += [f"{sum_:.17g} {int(exponent)} " + " ".join(f"{x:.17g}" for x in values) for sum_, exponent, *values in data]
-        output = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
-        return torch.tensor([[float(x) for x in line.split()] for line in output.splitlines()], dtype=torch.float64)
+        lines += [
+            f"{sum_:.17g} {int(exponent)} " + " ".join(f"{x:.17g}" for x in values) for sum_, exponent, *values in data
+        ]
+        done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
+        rows_out = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
+        return torch.tensor(rows_out, dtype=torch.float64)
 
     return run
 
@@ -80,9 +83,7 @@ def expected(pieces: Pieces) -> torch.Tensor:
     found = torch.full((len(pieces.counts) * pieces.rows, 513), float("nan"), dtype=torch.float64)
     begin = 0
     for request, count in enumerate(pieces.counts):
-        nodes = [
-            (pieces.values[i].double(), pieces.sums[i], pieces.exponents[i]) for i in range(begin, begin + count)
-        ]
+        nodes = [(pieces.values[i].double(), pieces.sums[i], pieces.exponents[i]) for i in range(begin, begin + count)]
         begin += count
         while len(nodes) > 1:
             root = len(nodes) == 2
