@@ -1,9 +1,10 @@
 // Batch-invariant mode: the numbers of a node, the result of a leaf or of a subtree of leaves.
 //
 // A node is half of O as fp16 values in units of a power of two, not divided by the row's sum of
-// exponentials, which is in the same unit. Siblings then weigh powers of two: merging them rounds
-// each value once, and is packed arithmetic. The root alone is not rounded: it goes to the output.
-// All else that rounds is spelled out, so a node has one value wherever a request is cut.
+// exponentials, which is in the same unit. Siblings then weigh powers of two: merging them is
+// packed arithmetic that rounds all but the tiniest values once. The root alone is not rounded: it
+// goes to the output. All else that rounds is spelled out, so a node has one value wherever a
+// request is cut.
 //
 // Nothing here that one thread cannot do by itself: tests/emulation compiles it for the host.
 #pragma once
@@ -47,7 +48,8 @@ struct LeafScale {
   __device__ __forceinline__ LeafScale(float anchor, float sum, float largest) {
     constexpr int kNoToken = -(1 << 30);  // below all others
     constexpr float kMostAnchor = 1 << 29;
-    const float whole = floorf(fminf(fmaxf(anchor, -kMostAnchor), kMostAnchor));
+    anchor = fminf(fmaxf(anchor, -kMostAnchor), kMostAnchor);  // a float knows no fraction there
+    const float whole = floorf(anchor);
     const float fraction = ptx::exp2_fast(__fsub_rn(anchor, whole));
     // The largest value becomes 2^14 .. 2^15. Of 128: infinite, or not a number, as it then is.
     const int exponent = (__float_as_int(__fmul_rn(largest, fraction)) >> 23) - 127;
@@ -70,12 +72,14 @@ struct SiblingWeights {
     const int distance = x.exponent - y.exponent;
     const bool similar = -kSimilar < distance && distance < kSimilar;
     state.exponent = max(x.exponent, y.exponent) + similar;
-    first = power_of_two(x.exponent - state.exponent);
-    second = power_of_two(y.exponent - state.exponent);
-    state.sum = __fmaf_rn(y.sum, second, __fmul_rn(x.sum, first));
+    const int x_shift = x.exponent - state.exponent, y_shift = y.exponent - state.exponent;
+    first = power_of_two(x_shift);
+    second = power_of_two(y_shift);
+    state.sum = __fadd_rn(shifted(x.sum, x_shift), shifted(y.sum, y_shift));
   }
 
-  // Two values of the node above from two of each sibling.
+  // Two values of the node above from two of each sibling. With units 2^25 apart fp16 knows no
+  // weight for the smaller one's, whose largest is then below 2^-24 of the larger one's largest.
   __device__ __forceinline__ uint32_t merge(uint32_t x, uint32_t y) const {
     const __half2 merged =
         __hfma2(reinterpret_cast<const __half2&>(y), __float2half2_rn(second),
@@ -90,6 +94,12 @@ struct SiblingWeights {
   }
 
  private:
+  // A sum in another unit. In two steps: a unit follows the largest value of O, so a sum that
+  // counts may be in a tiny one.
+  __device__ __forceinline__ static float shifted(float sum, int exponent) {
+    const int clamped = max(exponent, -252), half = clamped / 2;
+    return __fmul_rn(__fmul_rn(sum, power_of_two(half)), power_of_two(clamped - half));
+  }
   // Of an exponent that is not positive; 0 where no normal float is so small.
   __device__ __forceinline__ static float power_of_two(int exponent) {
     return __int_as_float(max(exponent + 127, 0) << 23);

@@ -52,13 +52,17 @@ std::vector<Leaf> draw(int count, uint32_t seed) {
   std::uniform_real_distribution<float> uniform;
   std::vector<Leaf> leaves(count);
   const float spread = std::vector<float>{0.5f, 8.0f, 40.0f}[seed % 3];
+  const bool uneven = seed % 4 == 3;  // V of leaves without like, or nothing but zeros
   for (Leaf& leaf : leaves) {
+    const float magnitude =
+        uneven ? std::vector<float>{0.0f, 0x1p-60f, 1.0f, 0x1p60f}[source() % 4] : 1.0f;
     for (int row = 0; row < kTileRows; ++row) {
       const bool blind = uniform(source) < 0.1f;
       leaf.anchor[row] = blind ? 0.0f : 30.0f + spread * normal(source);
       leaf.sum[row] = blind ? 0.0f : 0.5f + 300.0f * uniform(source);
-      for (float& x : leaf.o[row]) x = blind ? std::nanf("") : leaf.sum[row] * normal(source);
-      if (!blind) leaf.o[row][7] = 4 * leaf.sum[row];  // siblings of one sign
+      for (float& x : leaf.o[row])
+        x = blind ? std::nanf("") : magnitude * leaf.sum[row] * normal(source);
+      if (!blind) leaf.o[row][7] = magnitude * 4 * leaf.sum[row];  // siblings of one sign
     }
   }
   return leaves;

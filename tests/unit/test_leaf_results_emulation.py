@@ -31,10 +31,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_bits_are_those_of_the_request_uncut(program: Path, most: int, pages: int, rows: int) -> None:
     """Scores alike, apart and far apart; O of any magnitude; rows of some leaves see no token."""
-    cases = "\n".join(f"{pages} {rows} {most} {seed} {seed % 2}" for seed in range(3))
+    cases = "\n".join(f"{pages} {rows} {most} {seed} {seed % 2}" for seed in range(4))
     done = subprocess.run([program], input=cases, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for leaves, other_bits, other_scales, error, lse_error in lines:
         assert int(leaves) == leaf_count(pages, most)
         assert (int(other_bits), int(other_scales)) == (0, 0)
