@@ -6,16 +6,7 @@
 #include <cstdio>
 
 #include "cuda_threads.h"
-
-#define __global__
-#define __grid_constant__
-#define __shared__ static
-#define __launch_bounds__(...)
-
-struct Index {
-  int x;
-} blockIdx, gridDim;
-
+#include "kernels.h"
 // after the emulated CUDA names
 #include "sm90/combine_leaves.cuh"
 
@@ -33,7 +24,8 @@ int main() {
     }
     const size_t halves = size_t{2} * offsets[batch] * rows;
     std::vector<NodeState> states(halves);
-    std::unique_ptr<__half[]> values(new (std::align_val_t{128}) __half[halves * 256 + 64]);
+    const emulation::Memory partials(halves * 256 * sizeof(__half));
+    auto* const values = reinterpret_cast<__half*>(partials.bytes);
     for (size_t i = 0; i < halves; ++i) {
       if (std::scanf("%f %d", &states[i].sum, &states[i].exponent) != 2) return 1;
       for (int j = 0; j < 256; ++j) {
@@ -43,15 +35,14 @@ int main() {
       }
     }
     const size_t out_rows = size_t{1} * batch * rows;
-    std::unique_ptr<uint4[]> out(new uint4[out_rows * kLatent / kVectorColumns]);
-    std::fill_n(reinterpret_cast<uint8_t*>(out.get()), out_rows * kLatent * 2, 0xff);
+    const emulation::Memory out(out_rows * kLatent * sizeof(__half));
     std::vector<float> lse(out_rows, std::nanf(""));
     DecodeArguments a{};
     a.split_offsets = offsets.data();
     a.batch = batch;
-    a.partial_out = values.get();
+    a.partial_out = values;
     a.partial_lse = reinterpret_cast<PartialState*>(states.data());
-    a.out = out.get();
+    a.out = out.bytes;
     a.lse = lse.data();
     a.s_q = 1;
     a.h_q = a.rows = rows;
@@ -64,11 +55,10 @@ int main() {
     }
     for (size_t row = 0; row < out_rows; ++row) {
       std::printf("%.17g", static_cast<double>(lse[row]));
-      const auto* columns = reinterpret_cast<const __half*>(out.get()) + row * kLatent;
+      const auto* columns = reinterpret_cast<const __half*>(out.bytes) + row * kLatent;
       for (int i = 0; i < kLatent; ++i)
         std::printf(" %.17g", static_cast<double>(columns[i].value));
       std::printf("\n");
     }
-    values.release();
   }
 }

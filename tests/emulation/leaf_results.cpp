@@ -10,16 +10,7 @@
 #include <random>
 
 #include "cuda_threads.h"
-
-#define __global__
-#define __grid_constant__
-#define __shared__ static
-#define __launch_bounds__(...)
-
-struct Index {
-  int x, y, z;
-} blockIdx, gridDim;
-
+#include "kernels.h"
 // after the emulated CUDA names
 #include "sm90/combine_leaves.cuh"
 #include "sm90/span.cuh"
@@ -85,13 +76,14 @@ class Machine {
     Result result{std::vector<uint16_t>(rows * kLatent), std::vector<float>(rows)};
     const std::vector<int32_t> offsets{0, pieces == 1 ? 0 : pieces};
     const size_t levels = 31 - __clz(a_.max_leaves);
-    Memory rooms(pieces * levels * 4 * Rooms::kWarpBytes), values(pieces * rows * kLatent * 2);
+    emulation::Memory rooms(pieces * levels * 4 * Rooms::kWarpBytes),
+        values(pieces * rows * kLatent * 2);
     std::vector<NodeState> states(2 * pieces * rows);
     a_.split_offsets = offsets.data();
     a_.rooms = rooms.bytes;
     a_.partial_out = reinterpret_cast<__half*>(values.bytes);
     a_.partial_lse = reinterpret_cast<PartialState*>(states.data());
-    Memory out(rows * kLatent * 2);  // aligned
+    emulation::Memory out(rows * kLatent * 2);  // aligned
     a_.out = out.bytes;
     a_.lse = result.lse.data();
     gridDim = {1, 1, pieces};
@@ -109,15 +101,6 @@ class Machine {
   }
 
  private:
-  struct Memory {
-    explicit Memory(size_t size)
-        : bytes(static_cast<uint8_t*>(std::aligned_alloc(128, (size + 127) / 128 * 128))) {
-      std::memset(bytes, 0xff, size);
-    }
-    ~Memory() { std::free(bytes); }
-    uint8_t* bytes;
-  };
-
   void run_on(emulation::Block& block, const std::function<void()>& body) {
     emulation::Block::active() = &block;
     block.run(body, order_);

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.emulators import build, needs_compiler
+
 NO_TOKEN = -(1 << 30)  # exponent of a row that saw none
 SIMILAR = 10  # distance of exponents from which on siblings may not add up to twice the larger
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+pytestmark = needs_compiler
 
 
 @dataclass
@@ -36,12 +35,7 @@ Combine = Callable[[Pieces, int, bool], torch.Tensor]
 @pytest.fixture(scope="module")
 def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
     """LSE, then 512 values of the output, of every row: [B * rows, 513] fp64."""
-    program = tmp_path_factory.mktemp("emulation") / "combine_leaves"
-    folders = ("tests/emulation/stubs", "kernels", "kernels/include")
-    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-    source = str(ROOT / "tests/emulation/combine_leaves.cpp")
-    includes = [f"-I{ROOT / folder}" for folder in folders]
-    subprocess.run(["g++", *flags, *includes, source, "-o", str(program)], check=True)
+    program = build("combine_leaves", tmp_path_factory.mktemp("emulation"))
 
     def run(pieces: Pieces, blocks: int, descending: bool) -> torch.Tensor:
         head = [blocks, pieces.rows, len(pieces.counts), int(descending), *pieces.counts]

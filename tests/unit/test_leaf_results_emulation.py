@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from flashmla_backend.leaves import leaf_count
+from tests.emulators import build, needs_compiler
 
-ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("emulation") / "leaf_results"
-    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-    includes = [f"-I{ROOT / folder}" for folder in ("tests/emulation/stubs", "kernels", "kernels/include")]
-    source = str(ROOT / "tests/emulation/leaf_results.cpp")
-    subprocess.run(["g++", *flags, *includes, source, "-o", str(path)], check=True)
-    return path
+    return build("leaf_results", tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.mark.parametrize(

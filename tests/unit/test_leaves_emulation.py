@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from flashmla_backend import leaves
+from tests.emulators import build, needs_compiler
 
-ROOT = Path(__file__).parents[2]
 MOST = (1, 2, 16, 64, 128)
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+pytestmark = needs_compiler
 
 Case = tuple[int, int, int, int]  # pages of the request, max_leaves, first page and end of the item
 Walk = Callable[[list[Case]], list[tuple[list[int], str]]]
@@ -25,11 +23,7 @@ Walk = Callable[[list[Case]], list[tuple[list[int], str]]]
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     """Where each leaf ends, and in which order they are merged, each by its first page: "((0+4)+(8+12))"."""
-    program = tmp_path_factory.mktemp("emulation") / "leaves"
-    includes = [f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'kernels' / 'include'}"]
-    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    source = str(ROOT / "tests/emulation/leaves.cpp")
-    subprocess.run(["g++", *flags, *includes, source, "-o", str(program)], check=True)
+    program = build("leaves", tmp_path_factory.mktemp("emulation"))
 
     def run(cases: list[Case]) -> list[tuple[list[int], str]]:
         text = "\n".join(" ".join(map(str, case)) for case in cases)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from flashmla_backend import sm90
 from flashmla_backend.leaves import max_leaves
 from flashmla_backend.schedule import make_schedule, max_items, num_parts
+from tests.emulators import build, needs_compiler
 
-ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+pytestmark = needs_compiler
 
 Device = Callable[[list[int], int, int, bool], list[int]]
 
@@ -25,13 +22,7 @@ Device = Callable[[list[int], int, int, bool], list[int]]
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     """The device's answer as numbers: items, part offsets, split offsets. Threads run in the order of the parameter,
     so that a missing barrier shows in one of them."""
-    program = tmp_path_factory.mktemp("emulation") / "schedule"
-    includes = [f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'kernels' / 'include'}"]
-    # A fortified longjmp refuses to change stacks.
-    flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run(
-        ["g++", *flags, *includes, str(ROOT / "tests/emulation/schedule.cpp"), "-o", str(program)], check=True
-    )
+    program = build("schedule", tmp_path_factory.mktemp("emulation"))
     running = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert running.stdin is not None and running.stdout is not None
 

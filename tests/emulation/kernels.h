@@ -1,0 +1,31 @@
+// What whole kernels need beside threads, to run one thread block after the other.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define __global__
+#define __grid_constant__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct Index {
+  int x, y, z;
+};
+inline Index blockIdx, gridDim;
+
+namespace emulation {
+
+// Of the GPU, and so aligned to its cache lines; full of NaN.
+struct Memory {
+  explicit Memory(size_t size)
+      : bytes(static_cast<uint8_t*>(std::aligned_alloc(128, (size + 127) / 128 * 128))) {
+    std::memset(bytes, 0xff, size);
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() { std::free(bytes); }
+  uint8_t* const bytes;
+};
+
+}  // namespace emulation
