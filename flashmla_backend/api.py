@@ -112,7 +112,7 @@ def replan(
     planned_lens = checked_lengths(seq_lens, block_table, plan.page_size, plan.bounds)
     row_tiles, rows = row_tiles_of(plan.s_q * plan.h_q // plan.h_kv, plan.h_kv), plan.s_q * plan.h_q
     schedule = plan.items, plan.part_offsets, plan.split_offsets
-    ops.schedule_into(planned_lens, row_tiles, plan.num_sms, rows, plan.batch_invariant, *schedule)
+    ops.reschedule(planned_lens, row_tiles, plan.num_sms, rows, plan.batch_invariant, *schedule)
     return plan
 
 

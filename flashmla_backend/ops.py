@@ -154,3 +154,10 @@ mla_decode = operator(
     on_cuda=sm90.decode,
     fake=empty_results,
 )
+
+
+def reschedule(seq_lens: torch.Tensor, *arguments: object) -> None:
+    """`schedule_into`, on a GPU without the dispatcher, which takes longer than the launch, unless torch traces."""
+    real = type(seq_lens) is torch.Tensor and not torch.compiler.is_compiling()
+    launch = sm90.schedule if real and seq_lens.is_cuda else schedule_into
+    launch(seq_lens, *arguments)  # type: ignore[arg-type]
