@@ -8,14 +8,23 @@
 
 namespace flashmla {
 
-constexpr int kNodesInFlight = 8;  // whose vectors a lane has on their way
-constexpr int kLog2MostBatches = 4;
-static_assert(kNodesInFlight << kLog2MostBatches == FLASHMLA_MAX_LEAVES);
-
 // Half a row of a node; a lane holds one vector of it.
 struct HalfRow {
   NodeState state;
   uint4 values;
+
+  // The output's values, if this is the root.
+  template <typename Element>
+  __device__ __forceinline__ uint4 output() const {
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+    float out[kVectorColumns];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    }
+    return pack_vector<Element>(out, state.inverse());
+  }
 };
 
 struct Siblings {
@@ -29,9 +38,9 @@ struct Siblings {
                                       weights.merge(x.z, y.z), weights.merge(x.w, y.w))};
   }
 
-  // The output's values, and the LSE, if that is the root.
+  // The output's values, if that is the root, unrounded.
   template <typename Element>
-  __device__ __forceinline__ uint4 merge_root(float* lse) const {
+  __device__ __forceinline__ uint4 unrounded_output() const {
     const SiblingWeights weights(first.state, second.state);
     const uint32_t x[4] = {first.values.x, first.values.y, first.values.z, first.values.w};
     const uint32_t y[4] = {second.values.x, second.values.y, second.values.z, second.values.w};
@@ -42,12 +51,11 @@ struct Siblings {
           weights.merge_root(x[i], __half22float2(reinterpret_cast<const __half2&>(y[i])));
       out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
     }
-    *lse = weights.state.lse();
     return pack_vector<Element>(out, weights.state.inverse());
   }
 };
 
-// A node in shared memory, of a warp that waits or for another one.
+// A node in shared memory: it waits for its sibling, or is for another warp.
 struct SharedHalfRow {
   uint4 values[32];
   NodeState state;
@@ -60,8 +68,14 @@ struct SharedHalfRow {
   __device__ __forceinline__ HalfRow get() const { return {state, values[threadIdx.x % 32]}; }
 };
 
-// The pieces of half a row, `stride` rows apart.
+// The pieces of half a row, `stride` rows apart. A lane has vectors of 2^kInFlightLog2 on their
+// way.
+template <int kInFlightLog2>
 struct Pieces {
+  static constexpr int kInFlight = 1 << kInFlightLog2;
+  static constexpr int kLevels = 7 - kInFlightLog2;  // of the tree above so many of them
+  static_assert(kInFlight << kLevels == FLASHMLA_MAX_LEAVES);
+
   const uint4* out;
   const NodeState* states;
   int64_t stride;
@@ -75,19 +89,19 @@ struct Pieces {
   // The node above `count` neighbours from `first` on, a power of two, and of which two it is made.
   // `waiting` is the warp's own; few have so many pieces that they need it.
   __device__ __forceinline__ HalfRow node_above(int first, int count, Siblings* made_of,
-                                                SharedHalfRow (&waiting)[kLog2MostBatches]) const {
+                                                SharedHalfRow (&waiting)[kLevels]) const {
     HalfRow node;
 #pragma unroll 1
     for (int batch = 0;; ++batch) {
-      HalfRow nodes[kNodesInFlight];
+      HalfRow nodes[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kNodesInFlight; ++i) {
-        if (i < count) nodes[i] = load(first + batch * kNodesInFlight + i);
+      for (int i = 0; i < kInFlight; ++i) {
+        if (i < count) nodes[i] = load(first + batch * kInFlight + i);
       }
 #pragma unroll
-      for (int step = 1; step < kNodesInFlight; step *= 2) {
+      for (int step = 1; step < kInFlight; step *= 2) {
 #pragma unroll
-        for (int i = 0; i + step < kNodesInFlight; i += 2 * step) {
+        for (int i = 0; i + step < kInFlight; i += 2 * step) {
           if (i + step >= count) continue;
           const Siblings siblings{nodes[i], nodes[i + step]};
           if (i == 0) *made_of = siblings;
@@ -96,7 +110,7 @@ struct Pieces {
       }
       node = nodes[0];
       // As in a thread block.
-      const bool last = (batch + 1) * kNodesInFlight >= count;
+      const bool last = (batch + 1) * kInFlight >= count;
 #pragma unroll 1
       for (uint32_t levels = merged_subtrees(batch, last); levels != 0; levels &= levels - 1) {
         *made_of = {waiting[__ffs(levels) - 1].get(), node};
@@ -111,10 +125,11 @@ struct Pieces {
   }
 };
 
-template <typename Element>
-__global__ void __launch_bounds__(kCombineThreads, 1)
+template <typename Element, int kBlocksPerSm>
+__global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
-  __shared__ SharedHalfRow shared[kCombineWarps], waiting[kCombineWarps][kLog2MostBatches];
+  using Pieces = flashmla::Pieces<kBlocksPerSm == 1 ? 3 : 1>;
+  __shared__ SharedHalfRow shared[kCombineWarps], waiting[kCombineWarps][Pieces::kLevels];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   CutRequests requests(a);
@@ -162,13 +177,13 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
       node = made_of.merge();
     }
     if (real && member == 0) {
-      float lse;
-      const uint4 out = made_of.merge_root<Element>(&lse);
+      const uint4 out = kUnroundedRoot<Element> ? made_of.template unrounded_output<Element>()
+                                                : node.template output<Element>();
       const int64_t target =
           output_row<false>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
       reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + lane] =
           in_column_order(out);
-      if (half == 0 && lane == 0) a.lse[target] = lse;
+      if (half == 0 && lane == 0) a.lse[target] = node.state.lse();
     }
     if (group > 1) __syncthreads();  // the next round writes what may still be read
   }

@@ -67,11 +67,14 @@ cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArgument
     const dim3 grid(std::min(half_rows, kSms * blocks_per_sm));
     return launch_dependent(kernel, grid, kCombineThreads, 0, p.stream, arguments);
   };
+  // With more half rows than warps, each warp has several, and waits for one after the other.
+  const bool many = half_rows > kSms * kCombineWarps;
   if constexpr (kInvariant) {
-    return run(combine_leaves_kernel<Element>, 1);
+    if constexpr (!kUnroundedRoot<Element>) {  // which takes too many registers
+      if (many) return run(combine_leaves_kernel<Element, 2>, 2);
+    }
+    return run(combine_leaves_kernel<Element, 1>, 1);
   } else {
-    // With more half rows than warps, each warp has several, and waits for one after the other.
-    const bool many = half_rows > kSms * kCombineWarps;
     return many ? run(combine_kernel<Element, kRagged, 2>, 2)
                 : run(combine_kernel<Element, kRagged, 1>, 1);
   }

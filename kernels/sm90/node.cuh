@@ -8,10 +8,14 @@
 
 namespace flashmla {
 
-// Half of O of this thread's two rows; words alternate between them.
+// Half of O of this thread's two rows, one after the other, as pairs of columns.
 struct Node {
   uint32_t words[64];
   NodeState rows[2];
+
+  __device__ __forceinline__ uint4 vector(int i) const {
+    return make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+  }
 
   // Of a leaf. A row that saw no token gets nothing from it, NaN neither.
   __device__ __forceinline__ Node(const RowState (&leaf)[2], float (&o)[128]) {
@@ -26,8 +30,15 @@ struct Node {
       up[r] = scale.up, rows[r] = scale.state;
     }
 #pragma unroll
-    for (int i = 0; i < 64; ++i)
-      words[i] = pack<__half>(o[2 * i] * up[i & 1], o[2 * i + 1] * up[i & 1]);
+    for (int i = 0; i < 64; ++i) {
+      const float* const pair = o + accumulator_pair(i);
+      words[i] = pack<__half>(pair[0] * up[i / 32], pair[1] * up[i / 32]);
+    }
+  }
+
+  // Where the accumulator has the pair of a word.
+  __device__ __forceinline__ static constexpr int accumulator_pair(int word) {
+    return 4 * (word % 32) + 2 * (word / 32);
   }
 
   // Its values as the accumulator had them, in its unit.
@@ -35,32 +46,42 @@ struct Node {
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
       const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
-      o[2 * i] = pair.x, o[2 * i + 1] = pair.y;
+      o[accumulator_pair(i)] = pair.x, o[accumulator_pair(i) + 1] = pair.y;
     }
   }
 };
 
-// An item's node, its values as the accumulator had them, to the output or to the partial results.
+// A whole request's node, its values as the accumulator had them, to the output.
 template <typename Element>
-__device__ __forceinline__ void store_node(const DecodeArguments& a, const Item& item, int kv_head,
+__device__ __forceinline__ void store_root(const DecodeArguments& a, const Item& item, int kv_head,
                                            int row_begin, int half, const float (&o)[128],
                                            const NodeState (&rows)[2]) {
-  const int column = half * (kLatent / 2);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = min(row_begin + accumulator_row(r), a.rows - 1);
     const bool valid = row_begin + accumulator_row(r) < a.rows;
-    const bool speaks = valid && threadIdx.x % 4 == 0;  // for its row
-    if (item.split < 0) {
-      const int64_t target = output_row<false>(a, item.request, kv_head, row);
-      store_row<Element, true>(static_cast<Element*>(a.out) + target * kLatent + column, valid, r,
-                               o, rows[r].inverse());
-      if (speaks && half == 0) a.lse[target] = rows[r].lse();
-    } else {
-      const int64_t partial = partial_row(a, item.split, kv_head, row);
-      store_row<__half, false>(a.partial_out + partial * kLatent + column, valid, r, o, 1.0f);
-      if (speaks) *piece_state(a, partial, half) = rows[r];
+    const int64_t target = output_row<false>(a, item.request, kv_head, row);
+    store_row<Element, true>(static_cast<Element*>(a.out) + target * kLatent + half * (kLatent / 2),
+                             valid, r, o, rows[r].inverse());
+    if (valid && half == 0 && threadIdx.x % 4 == 0) a.lse[target] = rows[r].lse();
+  }
+}
+
+// The node of a piece of a request to the partial results, vectors as store_row lays them out.
+__device__ __forceinline__ void store_piece(const DecodeArguments& a, const Item& item, int kv_head,
+                                            int row_begin, int half, const Node& node) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = min(row_begin + accumulator_row(r), a.rows - 1);
+    const bool valid = row_begin + accumulator_row(r) < a.rows;
+    const int64_t partial = partial_row(a, item.split, kv_head, row);
+    auto* const out =
+        reinterpret_cast<uint4*>(a.partial_out + partial * kLatent) + 32 * half + threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (valid) out[4 * i] = node.vector(8 * r + i);
     }
+    if (valid && threadIdx.x % 4 == 0) *piece_state(a, partial, half) = node.rows[r];
   }
 }
 

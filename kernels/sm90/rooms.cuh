@@ -32,9 +32,7 @@ class Rooms {
     uint4* const to = values(level, half);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
-      if (real())
-        ptx::store_kept(to + 32 * i, make_uint4(node.words[4 * i], node.words[4 * i + 1],
-                                                node.words[4 * i + 2], node.words[4 * i + 3]));
+      if (real()) ptx::store_kept(to + 32 * i, node.vector(i));
     const NodeState(&rows)[2] = node.rows;
     if (real())
       ptx::store_kept(states(level, half),
@@ -59,7 +57,7 @@ class Rooms {
         const uint32_t waiting[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          node.words[4 * i + j] = weights[j & 1].merge(waiting[j], node.words[4 * i + j]);
+          node.words[4 * i + j] = weights[i / 8].merge(waiting[j], node.words[4 * i + j]);
       }
       node.rows[0] = weights[0].state, node.rows[1] = weights[1].state;
       discard(from);
@@ -78,7 +76,8 @@ class Rooms {
     for (int batch = 0; batch < kVectors; batch += kInFlight) {
       // Always so: no number has all bits set, NaN neither. Or the compiler would start more loads
       // at once than there are registers for.
-      const bool merged = batch == 0 || __float_as_uint(o[8 * batch - 1]) != ~0u;
+      const bool merged =
+          batch == 0 || __float_as_uint(o[Node::accumulator_pair(4 * batch - 1)]) != ~0u;
       uint4 x[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i)
@@ -88,8 +87,9 @@ class Rooms {
         const uint32_t waiting[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float* const own = o + 2 * (4 * (batch + i) + j);
-          const float2 root = weights[j & 1].merge_root(waiting[j], {own[0], own[1]});
+          const int word = 4 * (batch + i) + j;
+          float* const own = o + Node::accumulator_pair(word);
+          const float2 root = weights[word / 32].merge_root(waiting[j], {own[0], own[1]});
           own[0] = root.x, own[1] = root.y;
         }
       }

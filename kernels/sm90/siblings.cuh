@@ -2,9 +2,8 @@
 //
 // A node is half of O as fp16 values in units of a power of two, not divided by the row's sum of
 // exponentials, which is in the same unit. Siblings then weigh powers of two: merging them is
-// packed arithmetic that rounds all but the tiniest values once. The root alone is not rounded: it
-// goes to the output. All else that rounds is spelled out, so a node has one value wherever a
-// request is cut.
+// packed arithmetic that rounds all but the tiniest values once. The root of an fp16 output is not
+// rounded. All else that rounds is spelled out, so a node has one value wherever a request is cut.
 //
 // Nothing here that one thread cannot do by itself: tests/emulation compiles it for the host.
 #pragma once
@@ -12,11 +11,17 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/math.cuh"
 
 namespace flashmla {
+
+// Whether the root goes to the output unrounded: a bf16 output hardly shows whether it was rounded
+// to fp16 before, an fp16 one does.
+template <typename Element>
+constexpr bool kUnroundedRoot = std::is_same_v<Element, __half>;
 
 // What belongs to a row of a node: the unit is 2^exponent.
 struct NodeState {

@@ -67,11 +67,17 @@ __device__ __forceinline__ void end_item(const DecodeArguments& a, const Item& i
   const Rooms rooms(a, row_begin);
   const uint32_t waiting = merged_subtrees(span.cursor.leaf(), true);
   // The highest of a whole request is what the root takes up.
-  const int root = item.split < 0 ? 31 - __clz(waiting) : -1;
-  rooms.merge(root < 0 ? waiting : waiting ^ 1u << root, half, node);
+  const bool unrounded = kUnroundedRoot<Element> && item.split < 0 && waiting != 0;
+  const int root = unrounded ? 31 - __clz(waiting) : -1;
+  rooms.merge(unrounded ? waiting ^ 1u << root : waiting, half, node);
+  if (item.split >= 0) {
+    store_piece(a, item, kv_head, row_begin, half, node);
+    ptx::forget_registers(o);
+    return;
+  }
   node.unpack(o);
-  if (root >= 0) rooms.merge_root(root, half, node.rows, o);
-  store_node<Element>(a, item, kv_head, row_begin, half, o, node.rows);
+  if (unrounded) rooms.merge_root(root, half, node.rows, o);
+  store_root<Element>(a, item, kv_head, row_begin, half, o, node.rows);
 }
 
 }  // namespace flashmla

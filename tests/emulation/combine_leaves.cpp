@@ -1,8 +1,9 @@
 // Runs the combine kernel of batch-invariant mode on the CPU, case after case from stdin:
-//   blocks rows batch order, then how many pieces each request was cut into (0: not), then of every
-//   piece, row and half its sum and exponent, and 256 values
+//   blocks rows batch order kernel, then how many pieces each request was cut into (0: not), then
+//   of every piece, row and half its sum and exponent, and 256 values
 // and prints of every row its LSE and 512 values of the output, NaN for those of whole requests.
-// Values are fp16, in the order in which an accumulator's threads hold them.
+// Values are fp16, in the order in which an accumulator's threads hold them. Kernels: 0 fp16, 1
+// bf16, 2 bf16 with two thread blocks an SM.
 #include <cstdio>
 
 #include "cuda_threads.h"
@@ -12,11 +13,26 @@
 
 using namespace flashmla;
 
+namespace {
+
+double value_of(__half x) { return x.value; }
+double value_of(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+
+template <typename Element>
+void print_row(const DecodeArguments& a, size_t row) {
+  std::printf("%.17g", static_cast<double>(a.lse[row]));
+  const Element* columns = static_cast<const Element*>(a.out) + row * kLatent;
+  for (int i = 0; i < kLatent; ++i) std::printf(" %.17g", value_of(columns[i]));
+  std::printf("\n");
+}
+
+}  // namespace
+
 int main() {
   emulation::Block block(kCombineThreads);
   emulation::Block::active() = &block;
-  int blocks, rows, batch, descending;
-  while (std::scanf("%d %d %d %d", &blocks, &rows, &batch, &descending) == 4) {
+  int blocks, rows, batch, descending, kernel;
+  while (std::scanf("%d %d %d %d %d", &blocks, &rows, &batch, &descending, &kernel) == 5) {
     std::vector<int32_t> offsets(batch + 1);
     for (int i = 0; i < batch; ++i) {
       if (std::scanf("%d", &offsets[i + 1]) != 1) return 1;
@@ -50,15 +66,14 @@ int main() {
     a.group = a.head_rows = a.all_rows = Divisor(rows);
     gridDim.x = blocks;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-      block.run([&] { combine_leaves_kernel<__half>(a); },
-                descending ? emulation::Order::kDescending : emulation::Order::kAscending);
+      const auto body = [&] {
+        if (kernel == 0) combine_leaves_kernel<__half, 1>(a);
+        if (kernel == 1) combine_leaves_kernel<__nv_bfloat16, 1>(a);
+        if (kernel == 2) combine_leaves_kernel<__nv_bfloat16, 2>(a);
+      };
+      block.run(body, descending ? emulation::Order::kDescending : emulation::Order::kAscending);
     }
-    for (size_t row = 0; row < out_rows; ++row) {
-      std::printf("%.17g", static_cast<double>(lse[row]));
-      const auto* columns = reinterpret_cast<const __half*>(out.bytes) + row * kLatent;
-      for (int i = 0; i < kLatent; ++i)
-        std::printf(" %.17g", static_cast<double>(columns[i].value));
-      std::printf("\n");
-    }
+    for (size_t row = 0; row < out_rows; ++row)
+      kernel == 0 ? print_row<__half>(a, row) : print_row<__nv_bfloat16>(a, row);
   }
 }

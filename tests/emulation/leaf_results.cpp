@@ -1,11 +1,11 @@
 // What the decode and combine kernels make of the results of a request's leaves, on the CPU, case
 // after case from stdin:
-//   pages rows max_leaves seed descending
+//   pages rows max_leaves seed descending fp16
 // Leaves' accumulators are drawn at random, some rows of some leaves see no token. Merged by one
-// thread block, and as every power of two of pieces, then with O times 2^40 and 2^-40. Prints a
-// line per case: leaves, how many cuts and scales gave other bits, and the largest errors of O and
-// of the LSE against fp64; that of O in units of 2^-8 of the sum of weighted magnitudes, half of
-// bf16's last place.
+// thread block, and as every power of two of pieces, then, for bf16, with O times 2^40 and 2^-40.
+// Prints a line per case: leaves, how many cuts and scales gave other bits, and the largest errors
+// of O and of the LSE against fp64; that of O in units of half the output's last place of the sum
+// of weighted magnitudes: 2^-8 of it, or 2^-11.
 #include <cstdio>
 #include <random>
 
@@ -35,7 +35,19 @@ struct Result {
   }
 };
 
-float value_of(uint16_t bf16) { return __uint_as_float(uint32_t{bf16} << 16); }
+template <typename Element>
+double value_of(uint16_t bits);
+template <>
+double value_of<__nv_bfloat16>(uint16_t bits) {
+  return __uint_as_float(uint32_t{bits} << 16);
+}
+template <>
+double value_of<__half>(uint16_t bits) {
+  return same_bits<_Float16>(bits);
+}
+
+template <typename Element>
+constexpr int kUnits = std::is_same_v<Element, __half> ? 2048 : 256;
 
 std::vector<Leaf> draw(int count, uint32_t seed) {
   std::mt19937 source(seed);
@@ -59,6 +71,7 @@ std::vector<Leaf> draw(int count, uint32_t seed) {
   return leaves;
 }
 
+template <typename Element>
 class Machine {
  public:
   Machine(int pages, int rows, int max_leaves, const std::vector<Leaf>& leaves, bool descending)
@@ -95,7 +108,7 @@ class Machine {
     }
     gridDim = {3, 1, 1};
     for (blockIdx = {0, 0, 0}; blockIdx.x < gridDim.x; ++blockIdx.x)
-      run_on(combiners_, [&] { combine_leaves_kernel<__nv_bfloat16>(a_); });
+      run_on(combiners_, [&] { combine_leaves_kernel<Element, 1>(a_); });
     std::memcpy(result.out.data(), out.bytes, rows * kLatent * 2);
     return result;
   }
@@ -123,7 +136,7 @@ class Machine {
         }
       }
       if (span.end == item.page_end) {
-        end_item<__nv_bfloat16>(a_, item, 0, 0, half, states, span, o);
+        end_item<Element>(a_, item, 0, 0, half, states, span, o);
         return;
       }
       end_leaf(a_, item, length, 0, half, states, span, o);
@@ -138,6 +151,7 @@ class Machine {
 };
 
 // The largest errors of O and of the LSE.
+template <typename Element>
 std::pair<double, double> errors(const Result& result, const std::vector<Leaf>& leaves, int rows) {
   double worst = 0.0, worst_lse = 0.0;
   for (int row = 0; row < rows; ++row) {
@@ -156,12 +170,12 @@ std::pair<double, double> errors(const Result& result, const std::vector<Leaf>& 
       }
     }
     for (int i = 0; i < kLatent; ++i) {
-      const double value = value_of(result.out[row * kLatent + i]);
+      const double value = value_of<Element>(result.out[row * kLatent + i]);
       if (sum == 0) {
         worst = std::max(worst, value == 0.0 ? 0.0 : INFINITY);
         continue;
       }
-      const double error = std::fabs(value - o[i] / sum) / (magnitude[i] / sum) * 256;
+      const double error = std::fabs(value - o[i] / sum) / (magnitude[i] / sum) * kUnits<Element>;
       worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
     }
     const double lse = result.lse[row], expected = (most + std::log2(sum)) * std::log(2.0);
@@ -173,29 +187,38 @@ std::pair<double, double> errors(const Result& result, const std::vector<Leaf>& 
 
 bool is_scaled(const Result& result, const Result& plain, float scale) {
   for (size_t i = 0; i < plain.out.size(); ++i) {
-    if (value_of(result.out[i]) != scale * value_of(plain.out[i])) return false;
+    if (value_of<__nv_bfloat16>(result.out[i]) != scale * value_of<__nv_bfloat16>(plain.out[i]))
+      return false;
   }
   return result.lse == plain.lse;
+}
+
+template <typename Element>
+void run(int pages, int rows, int max_leaves, int seed, bool descending) {
+  const int count = leaf_count(pages, max_leaves);
+  const std::vector<Leaf> leaves = draw(count, seed);
+  Machine<Element> machine(pages, rows, max_leaves, leaves, descending);
+  const Result whole = machine.run(1, 1.0f);
+  int other_bits = 0;
+  for (int pieces = 2; pieces <= count; pieces *= 2)
+    other_bits += !(machine.run(pieces, 1.0f) == whole);
+  int other_scales = 0;
+  if (std::is_same_v<Element, __nv_bfloat16>) {
+    for (const float scale : {0x1p40f, 0x1p-40f}) {
+      for (int pieces = 1; pieces <= std::min(count, 2); ++pieces)
+        other_scales += !is_scaled(machine.run(pieces, scale), whole, scale);
+    }
+  }
+  const auto [error, lse_error] = errors<Element>(whole, leaves, rows);
+  std::printf("%d %d %d %g %g\n", count, other_bits, other_scales, error, lse_error);
 }
 
 }  // namespace
 
 int main() {
-  int pages, rows, max_leaves, seed, descending;
-  while (std::scanf("%d %d %d %d %d", &pages, &rows, &max_leaves, &seed, &descending) == 5) {
-    const int count = leaf_count(pages, max_leaves);
-    const std::vector<Leaf> leaves = draw(count, seed);
-    Machine machine(pages, rows, max_leaves, leaves, descending);
-    const Result whole = machine.run(1, 1.0f);
-    int other_bits = 0;
-    for (int pieces = 2; pieces <= count; pieces *= 2)
-      other_bits += !(machine.run(pieces, 1.0f) == whole);
-    int other_scales = 0;
-    for (const float scale : {0x1p40f, 0x1p-40f}) {
-      for (int pieces = 1; pieces <= std::min(count, 2); ++pieces)
-        other_scales += !is_scaled(machine.run(pieces, scale), whole, scale);
-    }
-    const auto [error, lse_error] = errors(whole, leaves, rows);
-    std::printf("%d %d %d %g %g\n", count, other_bits, other_scales, error, lse_error);
+  int pages, rows, max_leaves, seed, descending, fp16;
+  while (std::scanf("%d %d %d %d %d %d", &pages, &rows, &max_leaves, &seed, &descending, &fp16) ==
+         6) {
+    (fp16 ? run<__half> : run<__nv_bfloat16>)(pages, rows, max_leaves, seed, descending);
   }
 }

@@ -29,7 +29,8 @@ class Pieces:
     exponents: torch.Tensor  # [pieces, rows, 2] int64
 
 
-Combine = Callable[[Pieces, int, bool], torch.Tensor]
+Combine = Callable[[Pieces, int, bool, int], torch.Tensor]
+KERNELS = [torch.float16, torch.bfloat16, torch.bfloat16]  # the last with two thread blocks an SM
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
     """LSE, then 512 values of the output, of every row: [B * rows, 513] fp64."""
     program = build("combine_leaves", tmp_path_factory.mktemp("emulation"))
 
-    def run(pieces: Pieces, blocks: int, descending: bool) -> torch.Tensor:
-        head = [blocks, pieces.rows, len(pieces.counts), int(descending), *pieces.counts]
+    def run(pieces: Pieces, blocks: int, descending: bool, kernel: int) -> torch.Tensor:
+        head = [blocks, pieces.rows, len(pieces.counts), int(descending), kernel, *pieces.counts]
         states = torch.stack([pieces.sums.double(), pieces.exponents.double()], dim=-1)
         data = torch.cat([states, pieces.values.double()], dim=-1).flatten(0, -2).tolist()
         lines = [" ".join(map(str, head))]
@@ -72,7 +73,7 @@ def weights(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return first, second, above
 
 
-def expected(pieces: Pieces) -> torch.Tensor:
+def expected(pieces: Pieces, dtype: torch.dtype) -> torch.Tensor:
     """Sums of two products with powers of two are exact in fp64, so what rounds is seen here."""
     found = torch.full((len(pieces.counts) * pieces.rows, 513), float("nan"), dtype=torch.float64)
     begin = 0
@@ -80,14 +81,14 @@ def expected(pieces: Pieces) -> torch.Tensor:
         nodes = [(pieces.values[i].double(), pieces.sums[i], pieces.exponents[i]) for i in range(begin, begin + count)]
         begin += count
         while len(nodes) > 1:
-            root = len(nodes) == 2
+            unrounded = len(nodes) == 2 and dtype == torch.float16
             merged = []
             for (x, x_sum, x_exponent), (y, y_sum, y_exponent) in zip(nodes[::2], nodes[1::2], strict=True):
                 first, second, above = weights(x_exponent, y_exponent)
-                least = 0.0 if root else 2.0**-25  # fp16 knows no smaller power of two
+                least = 0.0 if unrounded else 2.0**-25  # fp16 knows no smaller power of two
                 w, v = (torch.where(weight > least, weight, 0.0)[..., None] for weight in (first, second))
                 values = x * w + y * v
-                rounded = values.float() if root else values.half()
+                rounded = values.float() if unrounded else values.half()
                 sums = (x_sum.double() * first + y_sum.double() * second).float()
                 merged.append((rounded.double(), sums, above))
             nodes = merged
@@ -95,7 +96,7 @@ def expected(pieces: Pieces) -> torch.Tensor:
             continue
         ((values, sums, exponent),) = nodes
         inverse = torch.where(sums > 0, 1 / sums, 0.0)
-        out = (values.float() * inverse[..., None]).half().double()
+        out = (values.float() * inverse[..., None]).to(dtype).double()
         lse = sums[:, 0].double().log() + exponent[:, 0] * torch.log(torch.tensor(2.0, dtype=torch.float64))
         own = slice(request * pieces.rows, (request + 1) * pieces.rows)
         found[own, 0] = torch.where(sums[:, 0] > 0, lse, float("-inf"))
@@ -108,27 +109,34 @@ def in_column_order(values: torch.Tensor) -> torch.Tensor:
     return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
 
 
-def check(combine: Combine, pieces: Pieces, blocks: int, descending: bool = False) -> None:
-    ours, theirs = combine(pieces, blocks, descending), expected(pieces)
+def check(combine: Combine, pieces: Pieces, blocks: int, kernel: int, descending: bool = False) -> None:
+    ours, theirs = combine(pieces, blocks, descending, kernel), expected(pieces, KERNELS[kernel])
     assert torch.equal(ours[:, 1:].isnan(), theirs[:, 1:].isnan())
     assert torch.equal(ours[:, 1:].nan_to_num(), theirs[:, 1:].nan_to_num())
     assert torch.allclose(ours[:, 0], theirs[:, 0], rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("kernel", range(3))
 @pytest.mark.parametrize("count", [2, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_one_request(combine: Combine, count: int, blocks: int) -> None:
+def test_one_request(combine: Combine, count: int, blocks: int, kernel: int) -> None:
     """One row: as many warps as there are pieces, or sixteen."""
-    check(combine, make_pieces([count], rows=1, seed=count), blocks, descending=blocks == 3)
+    check(combine, make_pieces([count], rows=1, seed=count), blocks, kernel, descending=blocks == 3)
 
 
+@pytest.mark.parametrize("kernel", range(3))
 @pytest.mark.parametrize("counts", [[128], [2, 0, 64, 4], [16, 16]])
-def test_more_half_rows_than_warps(combine: Combine, counts: list[int]) -> None:
-    check(combine, make_pieces(counts, rows=11, seed=1), blocks=1)
+def test_more_half_rows_than_warps(combine: Combine, counts: list[int], kernel: int) -> None:
+    check(combine, make_pieces(counts, rows=11, seed=1), 1, kernel)
 
 
 def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
     numbers = random.Random(2)
     for seed in range(6):
         counts = [numbers.choice([0, 0, 2, 4, 8]) for _ in range(numbers.choice([3, 40]))]
-        check(combine, make_pieces(counts, rows=numbers.choice([1, 3]), seed=seed), blocks=numbers.choice([2, 5]))
+        check(
+            combine,
+            make_pieces(counts, rows=numbers.choice([1, 3]), seed=seed),
+            numbers.choice([2, 5]),
+            kernel=seed % 3,
+        )
