@@ -112,7 +112,7 @@ def test_report(tmp_path: Path) -> None:
     measured = points.parse("64x512,32x8K")
     ours = answer({"64x512": 2.0, "32x8K": 5.0}, [[1, 2, 3], [4, 5, 6]], [[-1.0, -2.0, -3.0], [-1.0, -9.0, -9.0]])
     triton = answer({"64x512": 3.0, "32x8K": 10.0}, [[1, 2, 3], [4, 7, 6]], [[-1.1, -2.0, -3.3], [-1.0, -1.0, -1.0]])
-    flashmla = answer({"64x512": 1.6}, [[1, 2, 3], [4, 7, 6]], [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
+    flashmla = answer({"64x512": 1.6}, [[1, 2, 3], [4, 7, 6]], [[-1.0, -2.0, -3.1], [-1.0, -1.0, -1.0]])
     answers = {"v3-attention": {"ours": ours, "TRITON_MLA": triton, "FLASHMLA": flashmla}}
     made = report.make(Results(answers, ["a note"]), measured, ["flashmla", "bench", "steps"], "abc")
     assert [report.speed_up(row) for row in made["rows"]] == pytest.approx([0.8, 2.0])
@@ -125,12 +125,22 @@ def test_report(tmp_path: Path) -> None:
         "standard_error": pytest.approx(0.02**0.5 / 2),  # of 0.1, 0, 0.3 and 0
         "compared_tokens": 4,
     }
+    assert deltas["FLASHMLA"]["further_than_ours"] == pytest.approx(-0.1 / 4)  # 0, 0, -0.1 and 0
+    assert deltas["FLASHMLA"]["its_standard_error"] == pytest.approx(0.05 / 2)
     assert deltas["FLASHMLA"]["compared_tokens"] == 4  # its own tokens never part from the reference's, but ours do
     console = Console(width=200, file=io.StringIO())
     console.print(report.table(made))
     console.print("\n".join(report.lines(made)))
     text = console.file.getvalue()
-    for part in ("32x8K", "5.00 (2.50)", "2.000", "0.800", "of FLASHMLA from TRITON_MLA", "a note"):
+    for part in (
+        "32x8K",
+        "5.00 (2.50)",
+        "2.000",
+        "0.800",
+        "of FLASHMLA from TRITON_MLA",
+        "than ours -0.02500 +- 0.02500",
+        "a note",
+    ):
         assert part in text
     assert report.markdown(made).splitlines()[-1] == "| v3-attention | 32x8K | 5.00 (2.50) | 10.00 (5.00) | - | 2.000 |"
     (tmp_path / "steps.json").write_text(json.dumps(made))

@@ -77,7 +77,7 @@ def deltas(answers: dict[str, dict[str, Any]], reference: str | None = None) -> 
 
     A token that all backends choose after the same tokens has the same context in all, and all are compared over the
     same tokens: later ones lie further apart. By default the reference is the first of REFERENCES that answered.
-    The standard error takes tokens for independent.
+    Backends of vLLM's own are also compared with ours, token by token. Standard errors take tokens for independent.
     """
     reference = reference or next((name for name in REFERENCES if name in answers), None)
     if reference is None:
@@ -94,15 +94,25 @@ def deltas(answers: dict[str, dict[str, Any]], reference: str | None = None) -> 
             logprobs = {who: logprob for who, (_, logprob) in zip(answers, place, strict=True)}
             for who, found in differences.items():
                 found.append(abs(logprobs[who] - logprobs[reference]))
-    return {
-        who: {
+    made = {}
+    for who, found in differences.items():
+        mean, error = mean_and_error(found)
+        made[who] = {
             "from": reference,
-            "mean_abs_dlogprob": statistics.fmean(found) if found else math.nan,
-            "standard_error": statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan,
+            "mean_abs_dlogprob": mean,
+            "standard_error": error,
             "compared_tokens": len(found),
         }
-        for who, found in differences.items()
-    }
+        if who != OURS and OURS in differences:
+            mean, error = mean_and_error([x - own for x, own in zip(found, differences[OURS], strict=True)])
+            made[who] |= {"further_than_ours": mean, "its_standard_error": error}
+    return made
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """And its standard error."""
+    mean = statistics.fmean(values) if values else math.nan
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def backends_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -146,5 +156,10 @@ def lines(report: dict[str, Any]) -> list[str]:
             said.append(
                 f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f}{error} "
                 f"over {d['compared_tokens']:.0f} tokens"
+                + (
+                    f", than ours {d['further_than_ours']:+.5f} +- {d['its_standard_error']:.5f}"
+                    if "further_than_ours" in d
+                    else ""
+                )
             )
     return said + report["notes"]
