@@ -4,8 +4,8 @@ A request's pages are cut into *leaves*, each attended to on its own, and the re
 tree. Work items are whole requests or subtrees of a power of two of leaves, so that wherever a schedule cuts, every
 result is made of the same parts in the same order.
 
-The Hopper kernels keep every node but the root as fp16 values in units of a power of two, be it in memory or in
-registers: where it lies depends on the cut, and its bits must not. The CPU keeps all of them fp32.
+The Hopper kernels keep every node, but for the root of an fp16 output, as fp16 values in units of a power of two, be it
+in memory or in registers: where it lies depends on the cut, and its bits must not. The CPU keeps all of them fp32.
 
 More leaves let more thread blocks share a request; every one costs a store and a load of its rows.
 """
