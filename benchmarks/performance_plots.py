@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from performance_measures import FIXED_COST_US, best_rival, compared, ours, ragged_ratios, speed_up
+from performance_measures import FIXED_COST_US, GOAL_OF_IDEAL, best_rival, compared, ours, ragged_ratios, speed_up
 from performance_reports import RESULTS, Reports, Row
 from performance_tables import RAGGED_GOAL, tokens
 
@@ -17,7 +17,6 @@ from flashmla_backend.errors import Unsupported
 OURS_COLOUR, RIVAL_COLOUR, LINE_COLOUR = "#1f5fa8", "#d08a2e", "#444444"
 MAP_RANGE = 1.4  # the map's colours are full where one is so many times faster than the other
 CLOSE_LOOK_US = 30.0
-TARGET_SLOPE = 1.08  # of the goal t <= 1.08 ideal + 4 us
 
 
 def speed_up_map(figure: Any, reports: Reports) -> None:
@@ -83,8 +82,8 @@ def against_ideal(figure: Any, reports: Reports) -> None:
             points = [(row["ideal_us"] * shift, time(row) / row["ideal_us"]) for row in some]
             axes.plot(*zip(*points, strict=True), ".", color=colour, label=label, markersize=5, alpha=0.7, mew=0)
         shown = [ideal for ideal in ideals if ideal >= shortest]
-        goal = [TARGET_SLOPE + FIXED_COST_US / ideal for ideal in shown]
-        label = f"goal: {TARGET_SLOPE} ideal + {FIXED_COST_US:.0f} us"
+        goal = [GOAL_OF_IDEAL + FIXED_COST_US / ideal for ideal in shown]
+        label = f"goal: {GOAL_OF_IDEAL} ideal + {FIXED_COST_US:.0f} us"
         axes.plot(shown, goal, color=LINE_COLOUR, linewidth=1, label=label)
         axes.set(xscale="log", xlabel="ideal time of a call, us", ylabel="time / ideal")
         ticks = [tick for tick in (0.5, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if shown[0] <= tick <= shown[-1]]

@@ -105,6 +105,16 @@ def test_targets_are_met_or_not(reports: performance_reports.Reports) -> None:
     assert "share of the matmul rate, least of b=128, 8K and more, 128 heads, s_q 1 | >= 90% | not in" in table
 
 
+def test_what_calls_at_the_goal_would_be() -> None:
+    rows = [
+        row(16, 1, 1, 64, "fixed", 10.0, 20.0, ideal_us=1.0),
+        row(16, 1, 8, 64, "fixed", 50.0, 100.0, ideal_us=25.0),
+    ]
+    said = performance_tables.reachable(rows)
+    everywhere, batches = (20 / 5.08 * 100 / 31) ** 0.5, (20 / 10 * 100 / 31) ** 0.5
+    assert f"would be {everywhere:.3f}; were all there but the 1 with single requests, {batches:.3f}." in said
+
+
 def test_every_backend_served_every_load(reports: performance_reports.Reports) -> None:
     rows, served = reports.serve["rows"], set(reports.serve["served_by"])
     assert rows and "ours" in served and len(served) > 1 and not reports.serve["notes"]
