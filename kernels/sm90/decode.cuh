@@ -203,7 +203,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
       const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
       float rescale[2];
-      const bool must_rescale = softmax.advance(scores, visible, a.scale_log2, rescale);
+      const bool must_rescale =
+          softmax.advance(scores, visible, a.scale_log2, a.lazy_log2, rescale);
       if (must_rescale && !span.fresh) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
       if (valid_rows < kTileTokens) {

@@ -16,11 +16,6 @@ namespace flashmla {
 
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
 
-// O is rescaled only when a row's maximum has grown by more than 2^3. Range would allow much more,
-// but a probability that is no power of two is rounded, and where one token dominates that shows in
-// the output as much as the output's own rounding: so the largest must not be far above 1.
-constexpr float kLazyRescale = 3.0f;
-
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -60,9 +55,10 @@ struct OnlineSoftmax {
   float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
 
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
-  // this warp's rows of O must be multiplied by `rescale`, which is set only then.
+  // this warp's rows of O must be multiplied by `rescale`, which is set only then: when a maximum
+  // has grown by more than 2^lazy_log2.
   __device__ __forceinline__ bool advance(float (&scores)[32], const int (&visible)[2],
-                                          float scale_log2, float (&rescale)[2]) {
+                                          float scale_log2, float lazy_log2, float (&rescale)[2]) {
     if (visible[0] < 64 || visible[1] < 64) {
       const int column = 2 * (threadIdx.x % 4);
       // Against constants: 16 column numbers would take as many registers.
@@ -84,7 +80,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       largest[r][0] =
           fmaxf(fmaxf(largest[r][0], largest[r][1]), fmaxf(largest[r][2], largest[r][3]));
-      grown |= (largest[r][0] - maximum[r]) * scale_log2 > kLazyRescale;
+      grown |= (largest[r][0] - maximum[r]) * scale_log2 > lazy_log2;
     }
     if (!__any_sync(~0u, grown)) return false;
 #pragma unroll

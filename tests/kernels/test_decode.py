@@ -54,16 +54,19 @@ def test_half_the_lengths_are_zero(h_q: int, s_q: int, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_when_few_tokens_dominate(dtype: torch.dtype, mode: dict[str, object]) -> None:
+@pytest.mark.parametrize("h_q", [64, 128])
+def test_rounding_when_few_tokens_dominate(h_q: int, dtype: torch.dtype, mode: dict[str, object]) -> None:
     """Not much further off than the output's own rounding: rescaling must not be too lazy."""
-    problem = make_problem([512] * 160, h_q=64, dtype=dtype)
+    problem = make_problem([512] * 160, h_q=h_q, dtype=dtype)
     scale = 4 / 2.4  # scores deviate by 4: q is drawn with deviation 1, tokens with 0.1
     plan = plan_of(problem, causal=False, **mode)
     out, _ = flashmla_backend.mla_decode(problem.q, problem.kv_cache, plan, softmax_scale=scale)
     expected, _ = oracle(problem, causal=False, scale=scale)
     error, rounding = ((x.double() - expected).square().mean().sqrt() for x in (out, expected.to(dtype)))
-    # If maxima may grow by 2^8, 1.3, and 1.6 where leaves are fp16 as the output is.
-    assert error < (1.5 if mode and dtype == torch.float16 else 1.2) * rounding
+    # If maxima may grow by 2^8, 1.3; by 2^3, as with several row tiles and in batch-invariant mode, 1.1; by 2^0.5,
+    # 1.04. 0.4 more where leaves are fp16 as the output is.
+    limit = 1.2 if mode or h_q > 64 else 1.08
+    assert error < (1.5 if mode and dtype == torch.float16 else limit) * rounding
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
