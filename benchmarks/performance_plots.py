@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from performance_measures import FIXED_COST_US, GOAL_OF_IDEAL, best_rival, compared, ours, ragged_ratios, speed_up
+from performance_measures import GOAL, best_rival, compared, goal, ours, ragged_ratios, speed_up
 from performance_reports import RESULTS, Reports, Row
 from performance_tables import RAGGED_GOAL, tokens
 
@@ -82,9 +82,9 @@ def against_ideal(figure: Any, reports: Reports) -> None:
             points = [(row["ideal_us"] * shift, time(row) / row["ideal_us"]) for row in some]
             axes.plot(*zip(*points, strict=True), ".", color=colour, label=label, markersize=5, alpha=0.7, mew=0)
         shown = [ideal for ideal in ideals if ideal >= shortest]
-        goal = [GOAL_OF_IDEAL + FIXED_COST_US / ideal for ideal in shown]
-        label = f"goal: {GOAL_OF_IDEAL} ideal + {FIXED_COST_US:.0f} us"
-        axes.plot(shown, goal, color=LINE_COLOUR, linewidth=1, label=label)
+        axes.plot(
+            shown, [goal(ideal) / ideal for ideal in shown], color=LINE_COLOUR, linewidth=1, label=f"goal: {GOAL}"
+        )
         axes.set(xscale="log", xlabel="ideal time of a call, us", ylabel="time / ideal")
         ticks = [tick for tick in (0.5, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000) if shown[0] <= tick <= shown[-1]]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

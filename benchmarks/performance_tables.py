@@ -8,8 +8,7 @@ from statistics import geometric_mean, median
 import performance_schedule as schedule
 from performance_engines import offline, serving, short_prefills, steps
 from performance_measures import (
-    FIXED_COST_US,
-    GOAL_OF_IDEAL,
+    GOAL,
     best_rival,
     compared,
     excess,
@@ -162,11 +161,11 @@ def targets(reports: Reports) -> str:
 def reachable(rows: Sequence[Row]) -> str:
     """What the mean speed-up would be with calls at the goal."""
     singles = sum(row["b"] == 1 for row in rows)
-    all_there = geometric_mean(best_rival(row) / goal(row) for row in rows)
-    batches_there = geometric_mean(best_rival(row) / (ours(row) if row["b"] == 1 else goal(row)) for row in rows)
+    at_goal = [best_rival(row) / goal(row["ideal_us"]) for row in rows]
+    but_singles = [speed_up(row) if row["b"] == 1 else ratio for row, ratio in zip(rows, at_goal, strict=True)]
     return (
-        f"Were every call at {GOAL_OF_IDEAL} ideal + {FIXED_COST_US:.0f} us, the geometric mean of best rival / ours "
-        f"would be {all_there:.3f}; were all there but the {singles} with single requests, {batches_there:.3f}."
+        f"Were every call at {GOAL}, the geometric mean of best rival / ours\nwould be {geometric_mean(at_goal):.3f}; "
+        f"were all there but the {singles} with single requests, {geometric_mean(but_singles):.3f}."
     )
 
 

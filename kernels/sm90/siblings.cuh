@@ -15,6 +15,7 @@
 
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/math.cuh"
+#include "sm90/softmax.cuh"
 
 namespace flashmla {
 
@@ -28,18 +29,15 @@ struct NodeState {
   float sum;  // 0: the row saw no token
   int exponent;
 
-  __device__ __forceinline__ float inverse() const {
-    return sum != 0.0f ? ptx::reciprocal_fast(sum) : 0.0f;
-  }
+  __device__ __forceinline__ float inverse() const { return inverse_of(sum); }
   // Natural log of the sum of exponentials, -inf for a row that saw no token. The logarithm of the
   // unit is a whole number and added as such: the magnitude of O must not show.
   __device__ __forceinline__ float lse() const {
-    constexpr float kLn2 = 0.6931471805599453f, kInfinity = __builtin_huge_valf();
     const int bits = __float_as_int(sum);
     const float mantissa = __int_as_float((bits & 0x7fffff) | 0x3f800000);  // 1 .. 2
     const float whole = __int2float_rn((bits >> 23) - 127 + exponent);
     const float log = __fmul_rn(__fadd_rn(ptx::log2_fast(mantissa), whole), kLn2);
-    return sum != 0.0f ? __fmaf_rn(sum, 0.0f, log) : -kInfinity;  // NaN if the sum is
+    return sum != 0.0f ? __fmaf_rn(sum, 0.0f, log) : kNegativeInfinity;  // NaN if the sum is
   }
 };
 

@@ -15,6 +15,12 @@
 namespace flashmla {
 
 constexpr float kNegativeInfinity = -__builtin_huge_valf();
+constexpr float kLn2 = 0.6931471805599453f;
+
+// 1 / sum, 0 for a row that saw no token.
+__device__ __forceinline__ float inverse_of(float sum) {
+  return sum != 0.0f ? ptx::reciprocal_fast(sum) : 0.0f;
+}
 
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -37,13 +43,9 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
 struct RowState {
   float anchor, sum;
 
-  // 1 / sum, 0 for a row that saw no token.
-  __device__ __forceinline__ float inverse() const {
-    return sum != 0.0f ? ptx::reciprocal_fast(sum) : 0.0f;
-  }
+  __device__ __forceinline__ float inverse() const { return inverse_of(sum); }
   // Natural log of the sum of exponentials, -inf for a row that saw no token.
   __device__ __forceinline__ float lse() const {
-    constexpr float kLn2 = 0.6931471805599453f;
     return sum != 0.0f ? __fmul_rn(__fadd_rn(anchor, ptx::log2_fast(sum)), kLn2)
                        : kNegativeInfinity;
   }

@@ -15,14 +15,11 @@ using namespace flashmla;
 
 namespace {
 
-double value_of(__half x) { return x.value; }
-double value_of(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
-
 template <typename Element>
 void print_row(const DecodeArguments& a, size_t row) {
   std::printf("%.17g", static_cast<double>(a.lse[row]));
   const Element* columns = static_cast<const Element*>(a.out) + row * kLatent;
-  for (int i = 0; i < kLatent; ++i) std::printf(" %.17g", value_of(columns[i]));
+  for (int i = 0; i < kLatent; ++i) std::printf(" %.17g", emulation::value_of(columns[i]));
   std::printf("\n");
 }
 

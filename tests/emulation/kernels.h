@@ -1,6 +1,9 @@
 // What whole kernels need beside threads, to run one thread block after the other.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -27,5 +30,8 @@ struct Memory {
   ~Memory() { std::free(bytes); }
   uint8_t* const bytes;
 };
+
+inline double value_of(__half x) { return x.value; }
+inline double value_of(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
 }  // namespace emulation

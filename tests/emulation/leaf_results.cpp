@@ -36,14 +36,8 @@ struct Result {
 };
 
 template <typename Element>
-double value_of(uint16_t bits);
-template <>
-double value_of<__nv_bfloat16>(uint16_t bits) {
-  return __uint_as_float(uint32_t{bits} << 16);
-}
-template <>
-double value_of<__half>(uint16_t bits) {
-  return same_bits<_Float16>(bits);
+double value_of(uint16_t bits) {
+  return emulation::value_of(same_bits<Element>(bits));
 }
 
 template <typename Element>

@@ -152,14 +152,11 @@ def lines(report: dict[str, Any]) -> list[str]:
     ]
     for model, by_backend in report["deltas"].items():
         for who, d in by_backend.items():
-            error = f" +- {d['standard_error']:.5f}" if "standard_error" in d else ""  # older reports have none
-            said.append(
-                f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f}{error} "
-                f"over {d['compared_tokens']:.0f} tokens"
-                + (
-                    f", than ours {d['further_than_ours']:+.5f} +- {d['its_standard_error']:.5f}"
-                    if "further_than_ours" in d
-                    else ""
-                )
-            )
+            line = f"{model}: mean |dlogprob| of {who} from {d['from']} {d['mean_abs_dlogprob']:.5f}"
+            if "standard_error" in d:  # older reports have none
+                line += f" +- {d['standard_error']:.5f}"
+            line += f" over {d['compared_tokens']:.0f} tokens"
+            if "further_than_ours" in d:
+                line += f", than ours {d['further_than_ours']:+.5f} +- {d['its_standard_error']:.5f}"
+            said.append(line)
     return said + report["notes"]
