@@ -122,11 +122,11 @@ def test_report(tmp_path: Path) -> None:
     assert deltas["ours"] == {
         "from": "TRITON_MLA",
         "mean_abs_dlogprob": pytest.approx(0.4 / 4),
-        "standard_error": pytest.approx(0.02**0.5 / 2),  # of 0.1, 0, 0.3 and 0
+        "standard_error": pytest.approx(0.2 / 4),  # of 0.1, 0 and 0.3; and 0
         "compared_tokens": 4,
     }
     assert deltas["FLASHMLA"]["further_than_ours"] == pytest.approx(-0.1 / 4)  # 0, 0, -0.1 and 0
-    assert deltas["FLASHMLA"]["its_standard_error"] == pytest.approx(0.05 / 2)
+    assert deltas["FLASHMLA"]["its_standard_error"] == pytest.approx(0.05 / 4)
     assert deltas["FLASHMLA"]["compared_tokens"] == 4  # its own tokens never part from the reference's, but ours do
     console = Console(width=200, file=io.StringIO())
     console.print(report.table(made))
@@ -138,7 +138,7 @@ def test_report(tmp_path: Path) -> None:
         "2.000",
         "0.800",
         "of FLASHMLA from TRITON_MLA",
-        "than ours -0.02500 +- 0.02500",
+        "than ours -0.02500 +- 0.01250",
         "a note",
     ):
         assert part in text

@@ -67,15 +67,23 @@ class Steps:
         self.requests = 0
 
     def add(self, lengths: list[int], new_tokens: int, logprobs: int | None = None) -> None:
-        """Requests whose caches hold all but the last of `lengths` tokens when the first step begins."""
+        """Requests whose caches hold all but the last of `lengths` tokens when the first step begins.
+
+        With `logprobs` each can only answer one token, over and over: contexts stay the same, whatever the backend.
+        """
         from vllm import SamplingParams
 
         torch.manual_seed(0)  # the rows of the caches come from torch's own generator
-        sampling = SamplingParams(
-            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs
-        )
         for length in lengths:
-            prompt = [10 + (7 * self.requests + i) % 100 for i in range(max(2, length))]
+            *prompt, after = (10 + (7 * self.requests + i) % 100 for i in range(max(2, length) + 1))
+            sampling = SamplingParams(
+                temperature=0,
+                max_tokens=new_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=logprobs,
+                allowed_token_ids=None if logprobs is None else [after],
+            )
             self.llm.llm_engine.add_request(str(self.requests), {"prompt_token_ids": prompt}, sampling)
             self.requests += 1
 
@@ -105,7 +113,7 @@ class Steps:
         return row
 
     def answers(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Greedy tokens after the same contexts, and the logarithm of each one's probability."""
+        """Tokens after the same contexts, and the logarithm of the probability that the model gave to each."""
         self.add([COMPARED_TOKENS] * self.request["compared"], self.request["new_tokens"], logprobs=1)
         finished: dict[int, Any] = {}
         while self.llm.llm_engine.has_unfinished_requests():

@@ -40,8 +40,9 @@ def steps(
 ) -> None:
     """Time decode steps of vLLM, backend by backend, and compare their answers.
 
-    On a GPU under full CUDA graphs; contexts are filled, not prefilled. Defaults are smaller on a
-    CPU. Exit code 1 if a backend failed.
+    On a GPU under full CUDA graphs; contexts are filled, not prefilled, and answers are given: what
+    is compared is how likely the model finds them. Defaults are smaller on a CPU. Exit code 1 if a
+    backend failed.
     """
     import torch
 

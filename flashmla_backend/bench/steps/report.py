@@ -77,42 +77,56 @@ def deltas(answers: dict[str, dict[str, Any]], reference: str | None = None) -> 
 
     A token that all backends choose after the same tokens has the same context in all, and all are compared over the
     same tokens: later ones lie further apart. By default the reference is the first of REFERENCES that answered.
-    Backends of vLLM's own are also compared with ours, token by token. Standard errors take tokens for independent.
+    Backends of vLLM's own are also compared with ours, token by token. Standard errors take requests for independent.
     """
     reference = reference or next((name for name in REFERENCES if name in answers), None)
     if reference is None:
         return {}
-    differences: dict[str, list[float]] = {who: [] for who in answers if who != reference}
+    differences: dict[str, list[list[float]]] = {who: [] for who in answers if who != reference}
     choices = [  # by backend, request and place: a token and the logarithm of its probability
         [list(zip(*request, strict=True)) for request in zip(answer["tokens"], answer["logprobs"], strict=True)]
         for answer in answers.values()
     ]
     for request in zip(*choices, strict=True):
+        for of_requests in differences.values():
+            of_requests.append([])
         for place in zip(*request, strict=True):
             if len({token for token, _ in place}) > 1:
                 break
             logprobs = {who: logprob for who, (_, logprob) in zip(answers, place, strict=True)}
-            for who, found in differences.items():
-                found.append(abs(logprobs[who] - logprobs[reference]))
+            for who, of_requests in differences.items():
+                of_requests[-1].append(abs(logprobs[who] - logprobs[reference]))
     made = {}
-    for who, found in differences.items():
-        mean, error = mean_and_error(found)
+    for who, of_requests in differences.items():
+        mean, error = mean_and_error(of_requests)
         made[who] = {
             "from": reference,
             "mean_abs_dlogprob": mean,
             "standard_error": error,
-            "compared_tokens": len(found),
+            "compared_tokens": sum(map(len, of_requests)),
         }
         if who != OURS and OURS in differences:
-            mean, error = mean_and_error([x - own for x, own in zip(found, differences[OURS], strict=True)])
+            mean, error = mean_and_error(
+                [
+                    [x - own for x, own in zip(*request, strict=True)]
+                    for request in zip(of_requests, differences[OURS], strict=True)
+                ]
+            )
             made[who] |= {"further_than_ours": mean, "its_standard_error": error}
     return made
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """And its standard error."""
-    mean = statistics.fmean(values) if values else math.nan
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def mean_and_error(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Of all values, and its standard error where the values of a group may depend on each other."""
+    values = [value for group in groups for value in group]
+    if not values:
+        return math.nan, math.nan
+    mean = statistics.fmean(values)
+    residuals = [sum(value - mean for value in group) for group in groups if group]
+    if len(residuals) < 2:
+        return mean, math.nan
+    variance = sum(residual**2 for residual in residuals) * len(residuals) / (len(residuals) - 1)
+    return mean, math.sqrt(variance) / len(values)
 
 
 def backends_of(rows: Sequence[dict[str, Any]]) -> list[str]:
