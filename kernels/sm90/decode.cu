@@ -52,16 +52,6 @@ flashmla_status make_kv_map(const flashmla_decode_params& p, int box_tokens, CUt
 
 int row_tiles_of(const DecodeArguments& a) { return (a.rows + kTileRows - 1) / kTileRows; }
 
-// O is rescaled when a row's maximum has grown by more than 2^this. Range would allow much more,
-// but a probability that is no power of two is rounded, and where one token dominates that shows in
-// the output as much as the output's own rounding: so the largest must not be far above 1. And
-// hardly at all where a request's rows are one tile: memory is the limit then, rescaling can hide,
-// and probabilities are rounded as backends round them that always rescale. Not in batch-invariant
-// mode, where every leaf begins with a new maximum.
-float lazy_rescale_log2(const DecodeArguments& a) {
-  return row_tiles_of(a) == 1 && a.max_leaves == 0 ? 0.5f : 3.0f;
-}
-
 template <typename Element, bool kInvariant, bool kRagged>
 cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArguments& arguments) {
   constexpr int kSms = 132;
@@ -151,7 +141,6 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  arguments.lazy_log2 = lazy_rescale_log2(arguments);
   const auto launch_as = [&](auto invariant, auto ragged, auto cluster_size) {
     constexpr bool kInvariant = decltype(invariant)::value, kRagged = decltype(ragged)::value;
     constexpr int kClusterSize = decltype(cluster_size)::value;

@@ -69,7 +69,6 @@ struct DecodeArguments {
   int max_leaves;             // 0: not batch-invariant
   bool causal;
   float scale_log2;  // softmax scale * log2(e)
-  float lazy_log2;   // O is rescaled where a maximum has grown by more than 2^this
   int box_log2;      // a TMA box holds 2^box_log2 tokens of a page: 64, or a smaller page
   const int32_t* query_offsets;  // null unless requests differ in their query tokens
 };
