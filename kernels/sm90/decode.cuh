@@ -146,14 +146,6 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
   ptx::fence_async_proxy();
 }
 
-// O is rescaled when a row's maximum has grown by more than 2^this. Range would allow much more,
-// but a probability that is no power of two is rounded, and where few tokens dominate that shows in
-// the output as its own rounding does: so the largest must not be far above 1. In free mode hardly
-// at all, and probabilities are rounded as backends round them that always rescale; in
-// batch-invariant mode every leaf begins with new maxima, and rescaling costs more.
-template <bool kInvariant>
-constexpr float kLazyRescaleLog2 = kInvariant ? 3.0f : 0.5f;
-
 template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
@@ -211,8 +203,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
       const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
       float rescale[2];
-      const bool must_rescale =
-          softmax.advance(scores, visible, a.scale_log2, kLazyRescaleLog2<kInvariant>, rescale);
+      const bool must_rescale = softmax.advance<kInvariant>(scores, visible, a.scale_log2, rescale);
       if (must_rescale && !span.fresh) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
       if (valid_rows < kTileTokens) {

@@ -56,11 +56,23 @@ struct OnlineSoftmax {
   float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units
   float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
 
+  // Log2 of what a row's maximum may grow by before O is rescaled. Range would allow much more; but
+  // a probability above 1 is no power of two and is rounded, and where it is a large part of the
+  // sum that shows in the output as its own rounding does. So in free mode only where it is less
+  // than a quarter of this thread's sum, a sixteenth or so of the row's. In batch-invariant mode
+  // sums begin anew with every leaf, and rescaling would cost more.
+  template <bool kInvariant>
+  __device__ __forceinline__ float slack_log2(int r) const {
+    constexpr float kMost = 3.0f, kQuarter = -2.0f;
+    if (kInvariant) return kMost;
+    return fminf(fmaxf(ptx::log2_fast(sum[r]) + kQuarter, 0.0f), kMost);
+  }
+
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
-  // this warp's rows of O must be multiplied by `rescale`, which is set only then: when a maximum
-  // has grown by more than 2^lazy_log2.
+  // this warp's rows of O must be multiplied by `rescale`, which is set only then.
+  template <bool kInvariant>
   __device__ __forceinline__ bool advance(float (&scores)[32], const int (&visible)[2],
-                                          float scale_log2, float lazy_log2, float (&rescale)[2]) {
+                                          float scale_log2, float (&rescale)[2]) {
     if (visible[0] < 64 || visible[1] < 64) {
       const int column = 2 * (threadIdx.x % 4);
       // Against constants: 16 column numbers would take as many registers.
@@ -82,7 +94,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       largest[r][0] =
           fmaxf(fmaxf(largest[r][0], largest[r][1]), fmaxf(largest[r][2], largest[r][3]));
-      grown |= (largest[r][0] - maximum[r]) * scale_log2 > lazy_log2;
+      grown |= (largest[r][0] - maximum[r]) * scale_log2 > slack_log2<kInvariant>(r);
     }
     if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
