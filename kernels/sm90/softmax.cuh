@@ -59,13 +59,13 @@ struct OnlineSoftmax {
   // Log2 of what a row's maximum may grow by before O is rescaled. Range would allow much more; but
   // a probability above 1 is no power of two and is rounded, and where it is a large part of the
   // sum that shows in the output as its own rounding does. So in free mode only where it is less
-  // than a quarter of this thread's sum, a sixteenth or so of the row's. In batch-invariant mode
-  // sums begin anew with every leaf, and rescaling would cost more.
+  // than half of this thread's sum, an eighth or so of the row's. In batch-invariant mode sums
+  // begin anew with every leaf, and rescaling would cost more.
   template <bool kInvariant>
   __device__ __forceinline__ float slack_log2(int r) const {
-    constexpr float kMost = 3.0f, kQuarter = -2.0f;
+    constexpr float kMost = 3.0f, kHalf = -1.0f;
     if (kInvariant) return kMost;
-    return fminf(fmaxf(ptx::log2_fast(sum[r]) + kQuarter, 0.0f), kMost);
+    return fminf(fmaxf(ptx::log2_fast(sum[r]) + kHalf, 0.0f), kMost);
   }
 
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
