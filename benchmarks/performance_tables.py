@@ -45,7 +45,16 @@ def name(row: Row) -> str:
 
 
 def run(reports: Reports) -> str:
-    head = ["device", "commit", "date", "shapes", "reads, GB/s", "multiplies bf16, TFLOP/s", "best rival / ours"]
+    head = [
+        "device",
+        "commit",
+        "date",
+        "shapes",
+        "reads, GB/s",
+        "multiplies bf16, TFLOP/s",
+        "best rival / ours",
+        "lost",
+    ]
     lines = []
     for report in [reports.kernels, *reports.other_devices]:
         rows = compared(report)
@@ -58,6 +67,7 @@ def run(reports: Reports) -> str:
                 f"{report['read_reduce_GBs']:.0f}",
                 f"{report['mm8192_TFLOPs']:.0f}",
                 f"{geometric_mean(map(speed_up, rows)):.3f}",
+                str(kernels_report.summarise(rows)[OURS]["losing"]),
             ]
         )
     return markdown(head, lines)
@@ -274,7 +284,10 @@ def extras(reports: Reports) -> str:
     bounds, host = reports.bounds_cost, reports.host_time
     dearest = max(step["ratio"] for step in bounds["steps"])
     lines = [
-        f"- Time of a call, {invariance(reports.kernels)}.",
+        *(
+            f"- Time of a call, {invariance(report)} ({report['device']}, {report['commit']})."
+            for report in [reports.kernels, *reports.other_devices]
+        ),
         f"- Bounds checks, whole steps of {bounds['layers']} layers, on / off: geometric mean "
         f"{bounds['geometric_mean']:.3f}, most {dearest:.3f}.",
         f"- The host's microseconds a call, b={host['batch']}, outside graphs:",
