@@ -37,6 +37,9 @@ class Reports(NamedTuple):
     host_time: Report
     bounds_cost: Report
 
+    def of_each_device(self) -> list[Report]:
+        return [self.kernels, *self.other_devices]
+
     def digest(self) -> str:
         """Of the kernel report; the plots carry it, so that it shows which report they are of."""
         return hashlib.sha256(self.kernels_path.read_bytes()).hexdigest()[:16]

@@ -45,32 +45,23 @@ def name(row: Row) -> str:
 
 
 def run(reports: Reports) -> str:
-    head = [
-        "device",
-        "commit",
-        "date",
-        "shapes",
-        "reads, GB/s",
-        "multiplies bf16, TFLOP/s",
-        "best rival / ours",
-        "lost",
-    ]
+    rates = ["reads, GB/s", "multiplies bf16, TFLOP/s"]
     lines = []
-    for report in [reports.kernels, *reports.other_devices]:
-        rows = compared(report)
+    for report in reports.of_each_device():
+        summary = kernels_report.summarise(compared(report))[OURS]
         lines.append(
             [
                 report["device"],
                 report["commit"],
                 report["date"][:10],
-                str(len(rows)),
+                str(summary["n"]),
                 f"{report['read_reduce_GBs']:.0f}",
                 f"{report['mm8192_TFLOPs']:.0f}",
-                f"{geometric_mean(map(speed_up, rows)):.3f}",
-                str(kernels_report.summarise(rows)[OURS]["losing"]),
+                f"{summary['geomean']:.3f}",
+                str(summary["losing"]),
             ]
         )
-    return markdown(head, lines)
+    return markdown(["device", "commit", "date", "shapes", *rates, "best rival / ours", "lost"], lines)
 
 
 def overview(reports: Reports) -> str:
@@ -203,15 +194,19 @@ def ragged(reports: Reports) -> str:
 
 
 def worst(reports: Reports) -> str:
-    rows = sorted(compared(reports.kernels), key=speed_up)[:WORST]
-    rivals = [n for n in kernels_report.contenders_of(reports.kernels["rows"]) if n not in (OURS, INVARIANT)]
+    head = ["ideal, us", "ours, us", "best rival, us", "who", "best rival / ours", "pieces"]
+    tables = [markdown([f"shape, {report['device']}", *head], worst_of(report)) for report in reports.of_each_device()]
+    return "\n\n".join(tables)
+
+
+def worst_of(report: Report) -> list[list[str]]:
+    rivals = [n for n in kernels_report.contenders_of(report["rows"]) if n not in (OURS, INVARIANT)]
     lines = []
-    for row in rows:
+    for row in sorted(compared(report), key=speed_up)[:WORST]:
         rival = min((n for n in rivals if n in row), key=lambda n: float(row[n]["us"]))
         numbers = [f"{value:.1f}" for value in (row["ideal_us"], ours(row), best_rival(row))]
-        cut = str(schedule.pieces(row, reports.kernels))
-        lines.append([name(row), *numbers, rival, f"{speed_up(row):.4f}", cut])
-    return markdown(["shape", "ideal, us", "ours, us", "best rival, us", "who", "best rival / ours", "pieces"], lines)
+        lines.append([name(row), *numbers, rival, f"{speed_up(row):.4f}", str(schedule.pieces(row, report))])
+    return lines
 
 
 CLASSES: dict[str, Callable[[Row], bool]] = {
@@ -286,7 +281,7 @@ def extras(reports: Reports) -> str:
     lines = [
         *(
             f"- Time of a call, {invariance(report)} ({report['device']}, {report['commit']})."
-            for report in [reports.kernels, *reports.other_devices]
+            for report in reports.of_each_device()
         ),
         f"- Bounds checks, whole steps of {bounds['layers']} layers, on / off: geometric mean "
         f"{bounds['geometric_mean']:.3f}, most {dearest:.3f}.",

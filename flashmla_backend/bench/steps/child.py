@@ -66,10 +66,11 @@ class Steps:
         )
         self.requests = 0
 
-    def add(self, lengths: list[int], new_tokens: int, logprobs: int | None = None) -> None:
+    def add(self, lengths: list[int], new_tokens: int, given: bool = False) -> None:
         """Requests whose caches hold all but the last of `lengths` tokens when the first step begins.
 
-        With `logprobs` each can only answer one token, over and over: contexts stay the same, whatever the backend.
+        given: each can only answer one token, over and over, and says how likely that was. So contexts stay the same,
+            whatever the backend.
         """
         from vllm import SamplingParams
 
@@ -81,8 +82,8 @@ class Steps:
                 max_tokens=new_tokens,
                 ignore_eos=True,
                 detokenize=False,
-                logprobs=logprobs,
-                allowed_token_ids=None if logprobs is None else [after],
+                logprobs=1 if given else None,
+                allowed_token_ids=[after] if given else None,
             )
             self.llm.llm_engine.add_request(str(self.requests), {"prompt_token_ids": prompt}, sampling)
             self.requests += 1
@@ -114,7 +115,7 @@ class Steps:
 
     def answers(self) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens after the same contexts, and the logarithm of the probability that the model gave to each."""
-        self.add([COMPARED_TOKENS] * self.request["compared"], self.request["new_tokens"], logprobs=1)
+        self.add([COMPARED_TOKENS] * self.request["compared"], self.request["new_tokens"], given=True)
         finished: dict[int, Any] = {}
         while self.llm.llm_engine.has_unfinished_requests():
             for output in self.llm.llm_engine.step():
