@@ -36,8 +36,8 @@ def describe(device: torch.device) -> tuple[str, int, int]:
 
 
 def measure(device: torch.device) -> Machine:
-    """Copy 1 GiB, read 1 GiB by a max-reduce, multiply 8192 x 8192 matrices; smaller ones on a CPU."""
-    size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 26, 1024)
+    """Copy 4 GiB, read them by a max-reduce, multiply 8192 x 8192 matrices; less on a CPU."""
+    size, side = (1 << 32, 8192) if device.type == "cuda" else (1 << 26, 1024)
     source = torch.randint(0, 1 << 30, (size // 4,), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     copy_us = time_calls([lambda: target.copy_(source)], device).median_us
