@@ -55,6 +55,10 @@ class Ring:
             self.parity ^= 1
             self.round += 1
 
+    def previous(self) -> Ring:
+        wrap = self.stage == 0
+        return Ring(self.stages, (self.stage - 1) % self.stages, self.parity ^ wrap, self.round - wrap)
+
     def full(self, barrier: str) -> Wait:
         return Wait(f"{barrier}_{self.stage}", self.parity, self.round)
 
@@ -157,6 +161,7 @@ def waits_for_queries(items: Sequence[Item]) -> bool:
 def stream_half(page: Page, ring: Ring, side: str, scale: Scale, block: int) -> Iterator[Step]:
     stage = ring.stage
     yield ring.empty(f"{side}_empty")
+    yield ring.previous().full(f"{side}_full{scale.pairs - 1}")
     for pair in range(scale.pairs):
         full = f"{side}_full{pair}_{stage}"
         yield from expect(full, page, scale)

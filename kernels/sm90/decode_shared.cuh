@@ -56,6 +56,10 @@ struct Ring {
       parity ^= 1;
     }
   }
+  // Of the first page a slot whose phase before the first counts as complete.
+  __device__ __forceinline__ Ring previous() const {
+    return {stage == 0 ? kStages - 1 : stage - 1, stage == 0 ? parity ^ 1 : parity};
+  }
 };
 
 // Blocks of neighbouring row tiles may be a cluster of kClusterSize: 1 or 2. It reads a page once:

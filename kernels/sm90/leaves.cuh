@@ -14,31 +14,36 @@ namespace flashmla {
 constexpr int kMinLeafPages = 4;
 constexpr int kMinSharedLeafPages = 6;  // where several row tiles share pages
 
-// Leaves of a request, a power of two of at most `max_leaves`.
-__device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
+// Log2 of the leaves of a request, of at most `max_leaves`.
+__device__ __forceinline__ int log_leaf_count(int pages, int max_leaves) {
   const bool one_tile = max_leaves == FLASHMLA_MAX_LEAVES;
-  const int smallest = one_tile ? kMinLeafPages : kMinSharedLeafPages;
-  if (pages < 2 * smallest) return 1;
-  const int log_most = 31 - __clz(pages / smallest);
+  const int wholes = one_tile ? pages / kMinLeafPages : pages / kMinSharedLeafPages;
+  if (wholes < 2) return 0;
+  const int log_most = 31 - __clz(wholes);
   const int log_root = (33 - __clz(pages - 1)) / 2 + one_tile;  // at least the root of the pages
-  const int count = 1 << (log_most < log_root ? log_most : log_root);
-  return count < max_leaves ? count : max_leaves;
+  const int log_count = log_most < log_root ? log_most : log_root,
+            log_limit = 31 - __clz(max_leaves);
+  return log_count < log_limit ? log_count : log_limit;
+}
+
+__device__ __forceinline__ int leaf_count(int pages, int max_leaves) {
+  return 1 << log_leaf_count(pages, max_leaves);
 }
 
 // Goes through the leaves of an item of a request of `pages` pages, one after the other: only where
 // it starts does it divide.
 struct LeafCursor {
-  int first, number;  // among the request's leaves: the item's first, and where the cursor is
+  int log_count;      // of the request's leaves
+  int first, number;  // among them: the item's first, and where the cursor is
 
-  __device__ __forceinline__ LeafCursor(int pages, int page_begin, int max_leaves) {
-    const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
+  __device__ __forceinline__ LeafCursor(int pages, int page_begin, int max_leaves)
+      : log_count(log_leaf_count(pages, max_leaves)) {
     first = number = ((static_cast<uint32_t>(page_begin + 1) << log_count) - 1) / pages;
   }
   // Among the item's leaves, from 0.
   __device__ __forceinline__ int leaf() const { return number - first; }
   // Page where the leaf ends, and the next one begins.
-  __device__ __forceinline__ int end(int pages, int max_leaves) const {
-    const int log_count = 31 - __clz(leaf_count(pages, max_leaves));
+  __device__ __forceinline__ int end(int pages) const {
     return static_cast<int>(pages * (int64_t{number} + 1) >> log_count);
   }
   __device__ __forceinline__ void advance() { ++number; }

@@ -82,6 +82,14 @@ __device__ __forceinline__ void load_box(const DecodeArguments& a, void* destina
   }
 }
 
+// A half page is asked for when the one before it is here: one on its way to each SM keeps memory
+// busy, and a second would queue up in front of all else that SMs ask for.
+template <int kStages>
+__device__ __forceinline__ void wait_until_loaded(Ring<kStages> ring,
+                                                  ptx::Mbarrier (&full)[kStages][2]) {
+  ptx::mbarrier_wait(&full[ring.stage][1], ring.parity);
+}
+
 // After the last load: other blocks of the cluster still release the slots that this one fills, and
 // it must not end before they have.
 template <int kStages>
@@ -104,6 +112,7 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
   for_each_tile(a, box, first, last, [&](int page, int row) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
+    wait_until_loaded(ring.previous(), shared.left_full);
     if (lane < 2)
       ptx::mbarrier_arrive_expect_tx(&shared.left_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
@@ -143,6 +152,7 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
   for_each_tile(a, box, first, last, [&](int page, int row) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
+    wait_until_loaded(ring.previous(), shared.right_full);
     if (lane < 2)
       ptx::mbarrier_arrive_expect_tx(&shared.right_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();

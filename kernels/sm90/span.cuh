@@ -27,17 +27,17 @@ struct Span<true> {
 
   __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length)
       : cursor(pages_of(item, length), item.page_begin, a.max_leaves) {
-    start(a, item, length);
+    start(item, length);
   }
-  __device__ __forceinline__ void advance(const DecodeArguments& a, const Item& item, int length) {
+  __device__ __forceinline__ void advance(const Item& item, int length) {
     cursor.advance();
-    start(a, item, length);
+    start(item, length);
   }
 
  private:
-  __device__ __forceinline__ void start(const DecodeArguments& a, const Item& item, int length) {
+  __device__ __forceinline__ void start(const Item& item, int length) {
     fresh = true;
-    end = min(item.page_end, cursor.end(pages_of(item, length), a.max_leaves));
+    end = min(item.page_end, cursor.end(pages_of(item, length)));
   }
   // A plan older than its lengths may ask for pages that the request no longer has.
   __device__ __forceinline__ static int pages_of(const Item& item, int length) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& i
   const int number = span.cursor.leaf();
   rooms.merge(merged_subtrees(number, false), half, node);
   rooms.store(waiting_subtree(number), half, node);
-  span.advance(a, item, length);
+  span.advance(item, length);
   ptx::forget_registers(o);  // the next leaf's first product replaces them
 }
 

@@ -18,7 +18,7 @@ int main() {
     std::string result;
     flashmla::LeafCursor cursor(pages, begin, max_leaves);
     for (int page = begin; page < item_end; cursor.advance()) {
-      const int leaf = cursor.leaf(), end = std::min(item_end, cursor.end(pages, max_leaves));
+      const int leaf = cursor.leaf(), end = std::min(item_end, cursor.end(pages));
       std::printf("%d ", end);
       result = std::to_string(page);
       page = end;

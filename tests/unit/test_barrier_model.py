@@ -106,10 +106,16 @@ SYSTEMATIC = {
     **{f"{role}, late {what}": moved(role, what, (Wait, BarWait), 1) for role, what in kinds(Wait)},
 }
 
-# And why: the hold only lets Q and the first page be fetched before the second page; scores_done only keeps P V off the
-# tensor cores until they have nothing better to do; and who fills the slot of P next waits for more than p_full.
+# And why: the hold only lets Q and the first page be fetched before the second page, the wait for the page before only
+# leaves memory to what is needed first; scores_done only keeps P V off the tensor cores until they have nothing better
+# to do; and who fills the slot of P next waits for more than p_full.
 HARMLESS = {
-    *(f"{role}{change} Wait q_full" for role in ("stream_left", "stream_right") for change in (" without", ", late")),
+    *(
+        f"stream_{side}{change} Wait {barrier}"
+        for side in ("left", "right")
+        for barrier in ("q_full", f"{side}_full")
+        for change in (" without", ", late")
+    ),
     *(f"right{change} Wait scores_done" for change in (" without", ", late")),
     "left, early Arrive scores_done",
     "left, early Arrive p_full",
@@ -237,8 +243,13 @@ def test_a_cluster_keeps_the_protocol(work: tuple[str, ...], scale: Scale) -> No
     sample(protocol(work, scale), WALKS)
 
 
-# Who may expect rope columns only after its wait could as well before: S has read the last ones.
-HARMLESS_IN_A_CLUSTER = {*HARMLESS, "stream_left, late Wait rope_empty"}
+# Who may expect a page only after its waits could as well before: the page that was in that slot has arrived, and S has
+# read the last rope columns.
+HARMLESS_IN_A_CLUSTER = {
+    *HARMLESS,
+    "stream_left, late Wait rope_empty",
+    *(f"stream_{side}, late Wait {side}_empty" for side in ("left", "right")),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in SYSTEMATIC if name not in HARMLESS_IN_A_CLUSTER])
@@ -252,7 +263,7 @@ def ends_without_waiting(name: str, steps: list[Step]) -> list[Step]:
     """The producer is gone after its last load."""
     if not name.startswith("stream"):
         return steps
-    return steps[: max(at for at, step in enumerate(steps) if isinstance(step, Copy)) + 1]
+    return steps[: max(at for at, step in enumerate(steps) if isinstance(step, (Copy, Arrive))) + 1]
 
 
 def test_a_block_must_not_end_before_the_other_has_released_its_slots() -> None:
