@@ -201,8 +201,8 @@ class _Machine:
                 self._check_reads(state, reads, f"{name}'s MMA")
                 self._check_fenced(state, _regions(step), f"{name}'s MMA")
                 state.reading[name] |= set(_regions(step))
-            case MmaWait():
-                state.reading[name] = frozenset()
+            case MmaWait(_, pending):
+                state.reading[name] = frozenset(region for region, _ in pending)
 
     def _settle(self, state: State) -> None:
         """Take waits that are over at once: fewer orders, the same outcomes. `_check_overrun` covers the late ones."""

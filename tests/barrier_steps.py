@@ -73,9 +73,10 @@ class Mma(NamedTuple):
 
 
 class MmaWait(NamedTuple):
-    """Until all of this warp's MMAs have completed, the last of them being that of `label`."""
+    """Until this warp's MMAs have completed, the last of them being that of `label`; later ones still read `pending`."""
 
     label: Label
+    pending: Reads = ()
 
 
 Step = Wait | Arrive | Copy | BarArrive | BarWait | Store | Fence | Load | Mma | MmaWait

@@ -67,7 +67,7 @@ def mbarriers_of_block(scale: Scale) -> dict[str, int]:
         mbarriers |= {f"{barrier}_{stage}": releases for barrier in ("left_empty", "rope_empty")}
     for stage in range(scale.right_stages):
         mbarriers |= {f"right_full{pair}_{stage}": own_expect + scale.blocks for pair in range(scale.pairs)}
-        mbarriers |= {f"right_empty_{stage}": releases, f"scores_done_{stage}": scale.warps}
+        mbarriers |= {f"right_empty_{stage}": releases, f"scores_issued_{stage}": scale.warps}
     return mbarriers
 
 

@@ -262,7 +262,7 @@ def sync(barrier: str, label: Label) -> Iterator[Step]:
     yield BarWait(barrier)
 
 
-def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale) -> Iterator[Step]:
+def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale) -> Iterator[Wait | Mma]:
     query = holding(q(index), [f"q.{w}" for w in range(scale.warps)])
     for side, half in ("left", ring), ("right", right_ring):
         for pair in range(scale.pairs):
@@ -270,6 +270,11 @@ def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Sc
             yield Mma((*query, *holding(k(page), tiles(side, pair, half.stage, scale))))
     yield ring.full("rope_full")
     yield Mma((*query, *holding(k(page), rope(ring.stage, scale))))
+
+
+def pairs_ahead(scale: Scale) -> int:
+    """Of the next page's S, before a page is freed."""
+    return 1 if scale.blocks > 1 else 0
 
 
 def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
@@ -280,10 +285,10 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
         yield q_ring.full("q_full")
         q_ring.advance()
         yield from start_scores(index, item[0], ring, right_ring, scale)
+        yield Arrive(f"scores_issued_{right_ring.stage}", s(item[0]))
         yield MmaWait(s(item[0]))
         for at, page in enumerate(item):
             stage = ring.stage
-            yield Arrive(f"scores_done_{right_ring.stage}", s(page))
             if page.final:
                 yield Arrive("q_empty_0", q(index))
             yield from sync("left_group", s(page))
@@ -297,11 +302,17 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             yield Arrive(f"p_full_{stage}", p(page))
             ring.advance()
             right_ring.advance()
-            yield MmaWait(pv(page))
-            yield Arrive(f"left_empty_{stage}", pv(page))
             if page.final:
+                yield MmaWait(pv(page))
+                yield Arrive(f"left_empty_{stage}", pv(page))
                 break
-            yield from start_scores(index, item[at + 1], ring, right_ring, scale)
+            scores = list(start_scores(index, item[at + 1], ring, right_ring, scale))
+            ahead = scores[: 2 * pairs_ahead(scale)]
+            yield from ahead
+            yield MmaWait(pv(page), tuple(read for step in ahead if isinstance(step, Mma) for read in step.reads))
+            yield Arrive(f"left_empty_{stage}", pv(page))
+            yield from scores[len(ahead) :]
+            yield Arrive(f"scores_issued_{right_ring.stage}", s(item[at + 1]))
             yield MmaWait(s(item[at + 1]))
 
 
@@ -315,7 +326,7 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
         if page.partial:
             yield from zero_tail(page, stage, "right", warp, scale)
         if page.first:
-            yield ring.full("scores_done")
+            yield ring.full("scores_issued")
         yield p_ring.full("p_full")
         if not page.first:
             yield Load(f"rescale_{p_ring.stage}.{warp}", p(page))
@@ -326,7 +337,7 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
         yield Arrive(f"rope_empty_{p_ring.stage}", p(page))
         ring.advance()
         if not page.last:
-            yield ring.full("scores_done")
+            yield ring.full("scores_issued")
         yield Mma(values(page, stage, "right", scale))
         yield MmaWait(pv(page))
         yield Arrive(f"right_empty_{stage}", pv(page))

@@ -65,8 +65,15 @@ __device__ __forceinline__ void arrange_query_registers(QueryRegisters& q) {
   }
 }
 
-// S [64, 64] = Q K^T of one page, a pair of tiles after the other as they arrive.
-template <typename Element>
+// Column tiles of the next page's S that are issued behind P V before its page is freed, so that
+// the tensor cores find work at once. All of S would take long, and the refill is what everything
+// waits for; few rows, those of a block that is no cluster, wait for memory anyway.
+template <int kClusterSize>
+constexpr int kTilesAhead = kClusterSize > 1 ? 2 : 0;
+
+// S [64, 64] = Q K^T of one page, a pair of tiles after the other as they arrive; of its column
+// tiles kFirst .. kEnd - 1.
+template <typename Element, int kFirst, int kEnd>
 __device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kLeftStages>& left,
                                              const Ring<kRightStages>& right,
                                              const QueryRegisters& q_registers,
@@ -77,9 +84,9 @@ __device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kL
   const uint64_t left_k = ptx::matrix_descriptor(shared.left[left.stage], 0);
   const uint64_t right_k = ptx::matrix_descriptor(shared.right[right.stage], 0);
   const uint64_t rope_k = ptx::matrix_descriptor(shared.rope[left.stage], 0);
-  ptx::pin_registers(scores);
+  if constexpr (kFirst == 0) ptx::pin_registers(scores);
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+  for (int tile = kFirst; tile < kEnd; ++tile) {
     if (tile == kRopeTile) {
       ptx::mbarrier_wait(&shared.rope_full[left.stage], left.parity);
     } else if (tile >= kHalfTiles && tile % 2 == 0) {
@@ -185,14 +192,13 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     arrange_query_registers(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
     q_parity ^= 1;
-    start_scores<Element>(shared, ring, right_ring, q_registers, scores);
+    start_scores<Element, 0, kTiles>(shared, ring, right_ring, q_registers, scores);
+    if (lane == 0) ptx::mbarrier_arrive(&shared.scores_issued[right_ring.stage]);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
     for (int page = item.page_begin; page < item.page_end; ++page) {
       const int stage = ring.stage;
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
-      // The right side takes up the previous page now.
-      if (lane == 0) ptx::mbarrier_arrive(&shared.scores_done[right_ring.stage]);
       if (final) {
         if (lane == 0) ptx::mbarrier_arrive(&shared.q_empty);
         load_next_query(i + 1);
@@ -219,9 +225,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         ptx::wgmma_fence();
         ptx::mma<typename ptx::Wgmma<Element>::Values>(p[k], v + k * ptx::kNextRows16, o,
                                                        k > 0 || !span.fresh);
+        if (k >= 2) ptx::wgmma_commit();  // the last step is a group of its own
         store_probabilities(shared.rope[stage], k, p[k]);
       }
-      ptx::wgmma_commit();
       span.fresh = false;
 
       if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
@@ -245,12 +251,25 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
       ring.advance();
       right_ring.advance();
-      // Freed before S of the next page is issued: the refill takes longer than anything else.
-      ptx::wgmma_wait<0>();
+      if (final) {
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(o);
+        release_half<kClusterSize>(&shared.left_empty[stage]);
+        break;
+      }
+      constexpr int kAhead = kTilesAhead<kClusterSize>;
+      if constexpr (kAhead > 0) {
+        ptx::wgmma_wait<1>();  // all but the last step: no registers for all of P beside S
+        start_scores<Element, 0, kAhead>(shared, ring, right_ring, q_registers, scores);
+        ptx::wgmma_wait<1>();
+      } else {
+        ptx::wgmma_wait<0>();
+      }
       ptx::pin_registers(o);
       release_half<kClusterSize>(&shared.left_empty[stage]);
-      if (final) break;
-      start_scores<Element>(shared, ring, right_ring, q_registers, scores);
+      start_scores<Element, kAhead, kTiles>(shared, ring, right_ring, q_registers, scores);
+      // What is issued takes a little longer, and so does the right side to take up the last page.
+      if (lane == 0) ptx::mbarrier_arrive(&shared.scores_issued[right_ring.stage]);
       if constexpr (kInvariant) {
         if (span_ends) {
           const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
@@ -314,7 +333,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       }
       const bool final = page + 1 == item.page_end, span_ends = page + 1 == span.end;
       // No barrier completes unseen: that of a span's first page would, and P comes later anyway.
-      if (span.fresh) ptx::mbarrier_wait(&shared.scores_done[ring.stage], ring.parity);
+      if (span.fresh) ptx::mbarrier_wait(&shared.scores_issued[ring.stage], ring.parity);
       ptx::mbarrier_wait(&shared.p_full[p_ring.stage], p_ring.parity);
       if (!span.fresh && shared.must_rescale[p_ring.stage][warp]) {
         const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
@@ -339,7 +358,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
                               loader_of<kClusterSize>(p_ring.stage));
       Ring<kRightStages> next = ring;
       next.advance();
-      if (!span_ends) ptx::mbarrier_wait(&shared.scores_done[next.stage], next.parity);
+      if (!span_ends) ptx::mbarrier_wait(&shared.scores_issued[next.stage], next.parity);
       const uint64_t v = ptx::matrix_descriptor(shared.right[ring.stage], ptx::kTileBytes);
       ptx::pin_registers(o);
       ptx::wgmma_fence();
@@ -393,7 +412,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int stage = 0; stage < kRightStages; ++stage) {
       for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
       ptx::mbarrier_init(&shared.right_empty[stage], kReleases);
-      ptx::mbarrier_init(&shared.scores_done[stage], 4);
+      ptx::mbarrier_init(&shared.scores_issued[stage], 4);
     }
     ptx::mbarrier_init_fence();
   }

@@ -37,8 +37,8 @@ struct DecodeShared {
   ptx::Mbarrier left_full[kLeftStages][2], left_empty[kLeftStages];
   ptx::Mbarrier right_full[kRightStages][2], right_empty[kRightStages];
   ptx::Mbarrier rope_full[kLeftStages], rope_empty[kLeftStages];
-  ptx::Mbarrier p_full[kLeftStages];        // P and the factors are written
-  ptx::Mbarrier scores_done[kRightStages];  // S no longer needs the tensor cores
+  ptx::Mbarrier p_full[kLeftStages];          // P and the factors are written
+  ptx::Mbarrier scores_issued[kRightStages];  // S will soon no longer need the tensor cores
 };
 static_assert(sizeof(DecodeShared) + 1024 <= 232448, "shared memory of an SM");
 

@@ -107,7 +107,7 @@ SYSTEMATIC = {
 }
 
 # And why: the hold only lets Q and the first page be fetched before the second page, the wait for the page before only
-# leaves memory to what is needed first; scores_done only keeps P V off the tensor cores until they have nothing better
+# leaves memory to what is needed first; scores_issued only keeps P V off the tensor cores until they have nothing better
 # to do; and who fills the slot of P next waits for more than p_full.
 HARMLESS = {
     *(
@@ -116,8 +116,8 @@ HARMLESS = {
         for barrier in ("q_full", f"{side}_full")
         for change in (" without", ", late")
     ),
-    *(f"right{change} Wait scores_done" for change in (" without", ", late")),
-    "left, early Arrive scores_done",
+    *(f"right{change} Wait scores_issued" for change in (" without", ", late")),
+    "left, early Arrive scores_issued",
     "left, early Arrive p_full",
 }
 
