@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from performance_plots import PLOTS, draw
-from performance_reports import HISTORY, RESULTS, Reports, load, write_history
+from performance_reports import RESULTS, Reports, load, write_histories
 from performance_tables import SECTIONS
 
 from flashmla_backend.errors import Unsupported
@@ -39,8 +39,10 @@ def stale(reports: Reports, document: Path = DOCUMENT, results: Path = RESULTS) 
     found = [] if filled(text, reports) == text else [document.name]
     digest = reports.digest().encode()
     found += [file for file in PLOTS if not (results / file).exists() or digest not in (results / file).read_bytes()]
-    kept = (results / HISTORY).read_text() if (results / HISTORY).exists() else ""
-    return found if f'"{reports.kernels["date"]}"' in kept else [*found, HISTORY]
+    for file, history in reports.histories.items():
+        kept = (results / file).read_text() if (results / file).exists() else ""
+        found += [] if f'"{history[-1]["date"]}"' in kept else [file]
+    return found
 
 
 def main() -> int:
@@ -68,7 +70,7 @@ def write(reports: Reports) -> int:
     text = filled(DOCUMENT.read_text(), reports)
     for path in draw(reports):
         print(path.name)
-    write_history(reports.history)
+    write_histories(reports)
     DOCUMENT.write_text(text)
     return 0
 

@@ -1,6 +1,6 @@
 """The reports that docs/performance.md is made from: the newest of each kind under benchmarks/results.
 
-Of every kernel report that the document was ever made from, kernels-history-h100.json keeps our time and the best
+Of every kernel report that the document was ever made from, kernels-history-DEVICE.json keeps our time and the best
 rival's, so that what later kernels bought can be told after their reports have taken their place.
 """
 
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from flashmla_backend.bench.contenders import OURS
 
 RESULTS = Path(__file__).parent / "results"
-HISTORY = "kernels-history-h100.json"
 HISTORY_HEAD = ("device", "torch", "date", "commit", "command", "read_reduce_GBs", "mm8192_TFLOPs")
 HISTORY_ROW = ("h", "s", "b", "len", "kind", "sum", "ideal_us", "best_rival_us")
 
@@ -24,12 +23,12 @@ Row = dict[str, Any]
 
 
 class Reports(NamedTuple):
-    """`kernels` is that of the H100; `history` holds it too, last."""
+    """`kernels` is that of the H100. `histories`, by file, hold each device's newest report too, last."""
 
     kernels: Report
     kernels_path: Path
     other_devices: list[Report]
-    history: list[Report]
+    histories: dict[str, list[Report]]
     steps: list[Report]  # by device
     serve: Report
     offline: Report
@@ -48,13 +47,14 @@ class Reports(NamedTuple):
 def load(results: Path = RESULTS) -> Reports:
     """Read the newest of each kind. Raises FileNotFoundError naming the kind that is not there."""
     kernels_path, kernels = newest(results, "kernels-h100")
-    kept = json.loads((results / HISTORY).read_text()) if (results / HISTORY).exists() else []
-    history = [report for report in kept if report["date"] < kernels["date"]] + [abridged(kernels)]
+    others = {
+        device: newest(results, f"kernels-{device}")[1] for device in ("h200",) if found(results, f"kernels-{device}")
+    }
     return Reports(
         kernels=kernels,
         kernels_path=kernels_path,
-        other_devices=[newest(results, kind)[1] for kind in ("kernels-h200",) if found(results, kind)],
-        history=history,
+        other_devices=list(others.values()),
+        histories=dict(history(results, *one) for one in {"h100": kernels, **others}.items()),
         steps=[newest(results, f"steps-v3-attention-{device}")[1] for device in ("h100", "h200")],
         serve=newest(results, "serve-v2-lite-h200")[1],
         offline=newest(results, "offline-v2-lite-h200")[1],
@@ -77,6 +77,13 @@ def newest(results: Path, kind: str) -> tuple[Path, Report]:
     return max(reports, key=lambda one: one[1]["date"])
 
 
+def history(results: Path, device: str, newest_report: Report) -> tuple[str, list[Report]]:
+    """Its file, and what belongs there: older reports as kept, then the newest."""
+    path = results / f"kernels-history-{device}.json"
+    kept = json.loads(path.read_text()) if path.exists() else []
+    return path.name, [report for report in kept if report["date"] < newest_report["date"]] + [abridged(newest_report)]
+
+
 def abridged(report: Report) -> Report:
     """What the history keeps of a kernel report; its rows read as the report's do."""
     rows = [
@@ -87,6 +94,7 @@ def abridged(report: Report) -> Report:
     return {**{key: report[key] for key in HISTORY_HEAD}, "rows": rows}
 
 
-def write_history(history: list[Report], results: Path = RESULTS) -> None:
+def write_histories(reports: Reports, results: Path = RESULTS) -> None:
     """One report a line."""
-    (results / HISTORY).write_text("[\n" + ",\n".join(json.dumps(report) for report in history) + "\n]\n")
+    for file, history_of_device in reports.histories.items():
+        (results / file).write_text("[\n" + ",\n".join(json.dumps(report) for report in history_of_device) + "\n]\n")

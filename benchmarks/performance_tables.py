@@ -222,9 +222,13 @@ CLASSES: dict[str, Callable[[Row], bool]] = {
 
 
 def history(reports: Reports) -> str:
-    """Each report in the history: rates of its run, and by class the geometric mean of best rival / ours."""
+    """Each report, device by device: rates of its run, and by class the geometric mean of best rival / ours."""
+    return "\n\n".join(map(history_of_device, reports.histories.values()))
+
+
+def history_of_device(reports: list[Report]) -> str:
     lines = []
-    for report in reports.history:
+    for report in reports:
         rows = compared(report)
         ratios = [[speed_up(row) for row in rows if belongs(row)] for belongs in CLASSES.values()]
         lines.append(
@@ -236,7 +240,7 @@ def history(reports: Reports) -> str:
                 f"{median(map(excess, rows)):.2f}",
             ]
         )
-    head = ["commit", "matmul, TFLOP/s", *CLASSES, "lost", "median (t - 4 us) / ideal"]
+    head = [f"commit, {reports[-1]['device']}", "matmul, TFLOP/s", *CLASSES, "lost", "median (t - 4 us) / ideal"]
     return markdown(head, lines)
 
 

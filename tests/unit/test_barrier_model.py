@@ -107,8 +107,8 @@ SYSTEMATIC = {
 }
 
 # And why: the hold only lets Q and the first page be fetched before the second page, the wait for the page before only
-# leaves memory to what is needed first; scores_issued only keeps P V off the tensor cores until they have nothing better
-# to do; and who fills the slot of P next waits for more than p_full.
+# leaves memory to what is needed first; scores_issued only keeps P V off the tensor cores until they have nothing
+# better to do; and who fills the slot of P next waits for more than p_full.
 HARMLESS = {
     *(
         f"stream_{side}{change} Wait {barrier}"

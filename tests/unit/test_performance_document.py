@@ -47,12 +47,14 @@ def test_another_report_makes_it_stale(reports: performance_reports.Reports, tmp
     slower = [{**one, "ours": {**one["ours"], "us": 2 * one["ours"]["us"]}} for one in reports.kernels["rows"]]
     path = tmp_path / "kernels-h100-2100-01-01.json"
     path.write_text(json.dumps({**reports.kernels, "date": "2100-01-01T00:00:00+00:00", "rows": slower}))
-    later = reports._replace(kernels=json.loads(path.read_text()), kernels_path=path)
-    assert performance.stale(later) == [
-        performance.DOCUMENT.name,
-        *performance_plots.PLOTS,
-        performance_reports.HISTORY,
-    ]
+    newest = json.loads(path.read_text())
+    history = "kernels-history-h100.json"
+    later = reports._replace(
+        kernels=newest,
+        kernels_path=path,
+        histories={**reports.histories, history: [*reports.histories[history], performance_reports.abridged(newest)]},
+    )
+    assert performance.stale(later) == [performance.DOCUMENT.name, *performance_plots.PLOTS, history]
 
 
 def test_text_between_tables_is_left_alone(reports: performance_reports.Reports) -> None:
@@ -72,11 +74,13 @@ def test_the_newest_report_is_so_by_its_date(tmp_path: Path) -> None:
         performance_reports.newest(tmp_path, "host-time-h100")
 
 
-def test_the_history_ends_with_the_newest_report(reports: performance_reports.Reports, tmp_path: Path) -> None:
-    dates = [report["date"] for report in reports.history]
-    assert dates == sorted(set(dates)) and dates[-1] == reports.kernels["date"]
-    performance_reports.write_history(reports.history, tmp_path)
-    assert json.loads((tmp_path / performance_reports.HISTORY).read_text()) == reports.history
+def test_each_history_ends_with_the_newest_report(reports: performance_reports.Reports, tmp_path: Path) -> None:
+    performance_reports.write_histories(reports, tmp_path)
+    newest = [report["date"] for report in reports.of_each_device()]
+    for (file, history), last in zip(reports.histories.items(), newest, strict=True):
+        dates = [report["date"] for report in history]
+        assert dates == sorted(set(dates)) and dates[-1] == last
+        assert json.loads((tmp_path / file).read_text()) == history
 
 
 def test_a_ragged_batch_is_held_against_an_even_one_of_as_many_tokens() -> None:
