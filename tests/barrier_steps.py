@@ -73,7 +73,7 @@ class Mma(NamedTuple):
 
 
 class MmaWait(NamedTuple):
-    """Until this warp's MMAs have completed, the last of them being that of `label`; later ones still read `pending`."""
+    """Until this warp's MMAs have completed, the last being that of `label`; later ones may still read `pending`."""
 
     label: Label
     pending: Reads = ()

@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Load, Mma, Protocol, Step, Store, Wait
+from tests.decode_pages import Scale, make_items
 from tests.decode_roles import (
-    Scale,
-    make_items,
     rope_loader,
     run_left,
     run_right,

@@ -11,8 +11,8 @@ import pytest
 
 from tests.barrier_machine import Violation, explore, sample
 from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Fence, Load, MmaWait, Step, Wait
+from tests.decode_pages import Scale
 from tests.decode_protocol import Edit, protocol
-from tests.decode_roles import Scale
 
 # --- The protocol holds.
 
