@@ -67,7 +67,7 @@ __device__ __forceinline__ void arrange_query_registers(QueryRegisters& q) {
 
 // Column tiles of the next page's S that are issued behind P V before its page is freed, so that
 // the tensor cores find work at once. All of S would take long, and the refill is what everything
-// waits for; few rows, those of a block that is no cluster, wait for memory anyway.
+// waits for; a block that is no cluster mostly has few rows, which wait for memory anyway.
 template <int kClusterSize>
 constexpr int kTilesAhead = kClusterSize > 1 ? 2 : 0;
 
