@@ -43,6 +43,9 @@ def kernels(
     batch: Annotated[str, typer.Option(help="Requests.", show_default=GPU_DEFAULTS["batch"])] = "",
     lens: Annotated[str, typer.Option(help="Tokens in the cache.", show_default=GPU_DEFAULTS["lens"])] = "",
     kinds: Annotated[str, typer.Option(help="Lengths of a batch: fixed, var, or both.")] = ",".join(KINDS),
+    spread: Annotated[
+        float, typer.Option(help="Standard deviation of scores before softmax; more is more peaked.", min=0.01)
+    ] = 1.0,
     impls: Annotated[str, typer.Option(help="Who is measured, where it can run.")] = EVERYONE,
     budget: Annotated[float, typer.Option(help="Seconds; shapes that do not fit are left out, and said so.")] = 600,
     output: Annotated[Path, typer.Option("--out", help="The JSON report; a plot of the same name beside it.")] = Path(
@@ -74,7 +77,7 @@ def kernels(
             choices("kinds", kinds, KINDS),
         )
         with progress_bar() as report_progress:
-            results = run(shapes, impls.split(","), device, budget, report_progress)
+            results = run(shapes, impls.split(","), device, budget, report_progress, spread)
     made = report.make(results, ["flashmla", *sys.argv[1:]], commit)
     write(made, output)
     present(made, output)

@@ -102,9 +102,16 @@ class Problem:
 
 
 def make_problem(
-    pool: torch.Tensor, lengths: list[int], heads: int, s_q: int, rotations: int = 1, seed: int = 0
+    pool: torch.Tensor,
+    lengths: list[int],
+    heads: int,
+    s_q: int,
+    rotations: int = 1,
+    seed: int = 0,
+    spread: float = 1.0,
 ) -> Problem:
-    """Random queries and block tables over pages of the pool, no page in two tables."""
+    """Random queries and block tables over pages of the pool, no page in two tables; `spread` is the scores' standard
+    deviation before softmax."""
     device = pool.device
     random_numbers = torch.Generator(device).manual_seed(seed)
     used = [pages_of(length) for length in lengths]
@@ -121,4 +128,4 @@ def make_problem(
         tables.append(table)
         page_ids.append(own)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    return Problem(lengths, pool, seq_lens, queries, tables, page_ids, D_QK**-0.5)
+    return Problem(lengths, pool, seq_lens, queries, tables, page_ids, spread * D_QK**-0.5)

@@ -43,8 +43,9 @@ def run(
     device: torch.device,
     budget_s: float,
     report_progress: Callable[[int, int, str], None],
+    spread: float = 1.0,
 ) -> Results:
-    """Measure. `report_progress(done, of, what)` is called before each step."""
+    """Measure; `spread` as of `make_problem`. `report_progress(done, of, what)` is called before each step."""
     begin = time.monotonic()
     steps = len(shapes) + 2
     report_progress(0, steps, "loading")
@@ -56,7 +57,7 @@ def run(
 
     report_progress(1, steps, "correctness")
     for heads, s_q in sorted({(shape.heads, shape.s_q) for shape in shapes}):
-        results.check += check_all(contenders, pool, heads, s_q)
+        results.check += check_all(contenders, pool, heads, s_q, spread)
     if wrong := results.wrong():
         results.notes.append(f"not timed, for wrong answers or errors in the check: {', '.join(sorted(wrong))}")
     able = {contender.name: contender for contender in contenders if contender.name not in wrong}
@@ -67,9 +68,8 @@ def run(
             results.notes.append(f"budget of {budget_s:.0f} s: {len(shapes) - index} of {len(shapes)} shapes not run")
             break
         report_progress(index + 2, steps, describe(shape))
-        problem = make_problem(
-            pool, shape.lengths(), shape.heads, shape.s_q, shape.rotations(results.machine.l2_bytes), seed=index
-        )
+        rotations = shape.rotations(results.machine.l2_bytes)
+        problem = make_problem(pool, shape.lengths(), shape.heads, shape.s_q, rotations, index, spread)
         row = new_row(shape, problem, results.machine)
         watches: dict[str, timing.Stopwatch] = {}
         measured: dict[str, timing.Timing] = {}

@@ -37,7 +37,7 @@ def bench(out: Path, *arguments: str) -> tuple[int, str]:
 @pytest.mark.usefixtures("no_gpu")
 def test_a_run_checks_times_and_reports(tmp_path: Path) -> None:
     out = tmp_path / "results" / "cpu.json"
-    exit_code, output = bench(out, "--commit", "abc123")
+    exit_code, output = bench(out, "--commit", "abc123", "--spread", "2.5")
     assert exit_code == 0, output
     made = json.loads(out.read_text())
     assert made["commit"] == "abc123"
@@ -169,6 +169,15 @@ def test_no_page_is_in_two_tables() -> None:
     for table, used in zip(problem.block_tables, problem.page_ids, strict=True):
         flat = [page for row, n in zip(table.tolist(), problem.lengths, strict=True) for page in row[: -(-n // 64)]]
         assert flat == used.tolist()
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.5])
+def test_scores_are_as_peaked_as_asked(spread: float) -> None:
+    shape = Shape(16, 1, 4, 640, "fixed")
+    problem = make_problem(make_pool([shape], 0, CPU), shape.lengths(), 16, 1, spread=spread)
+    keys = problem.cache[problem.page_ids[0].long()].flatten(0, 2).float()  # [tokens, 576]
+    scores = problem.queries[0].flatten(0, 2).float() @ keys.T * problem.softmax_scale
+    assert scores.std().item() == pytest.approx(spread, rel=0.05)
 
 
 def test_bytes_and_flops_are_those_of_the_roofline() -> None:
