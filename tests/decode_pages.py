@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tests.barrier_steps import Label, Reads, Wait
 
@@ -83,24 +84,11 @@ def q(item: int) -> Label:
     return f"q {item}"
 
 
-def k(page: Page) -> Label:
-    return f"k {page.serial}"
+def of_page(what: str, page: Page) -> Label:
+    return f"{what} {page.serial}"
 
 
-def zero(page: Page) -> Label:
-    return f"zero {page.serial}"
-
-
-def s(page: Page) -> Label:
-    return f"s {page.serial}"
-
-
-def p(page: Page) -> Label:
-    return f"p {page.serial}"
-
-
-def pv(page: Page) -> Label:
-    return f"pv {page.serial}"
+k, zero, s, p, pv = (partial(of_page, what) for what in ("k", "zero", "s", "p", "pv"))
 
 
 def tails(side: str, pair: int, stage: int, scale: Scale) -> tuple[str, ...]:

@@ -56,13 +56,13 @@ def check_all(
             dtype=torch.float32,
         )
         for contender in contenders:
-            record[contender.name] = check_one(contender, problem, expected, spread)
+            record[contender.name] = check_one(contender, problem, expected)
         records.append(record)
     return records
 
 
-def check_one(contender: Contender, problem: Problem, expected: torch.Tensor, spread: float) -> dict[str, Any]:
+def check_one(contender: Contender, problem: Problem, expected: torch.Tensor) -> dict[str, Any]:
     try:
-        return compare(contender.prepare(problem)[0](), expected, spread)
+        return compare(contender.prepare(problem)[0](), expected, problem.spread)
     except Exception as error:  # a rival that refuses a shape must not end the run
         return {"error": f"{type(error).__name__}: {error}".partition("\n")[0][:200], "right": False}

@@ -91,6 +91,11 @@ class Problem:
         return len(self.queries)
 
     @property
+    def spread(self) -> float:
+        """The scores' standard deviation before softmax: queries and keys have one of 1."""
+        return self.softmax_scale * D_QK**0.5
+
+    @property
     def flops(self) -> int:
         """Of Q K^T and P V; the causal mask is not subtracted."""
         return 2 * self.s_q * sum(self.lengths) * self.heads * (D_QK + D_V)
@@ -110,8 +115,7 @@ def make_problem(
     seed: int = 0,
     spread: float = 1.0,
 ) -> Problem:
-    """Random queries and block tables over pages of the pool, no page in two tables; `spread` is the scores' standard
-    deviation before softmax."""
+    """Random queries and block tables over pages of the pool, no page in two tables; scores of that spread."""
     device = pool.device
     random_numbers = torch.Generator(device).manual_seed(seed)
     used = [pages_of(length) for length in lengths]

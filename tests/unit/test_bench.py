@@ -37,7 +37,7 @@ def bench(out: Path, *arguments: str) -> tuple[int, str]:
 @pytest.mark.usefixtures("no_gpu")
 def test_a_run_checks_times_and_reports(tmp_path: Path) -> None:
     out = tmp_path / "results" / "cpu.json"
-    exit_code, output = bench(out, "--commit", "abc123", "--spread", "2.5")
+    exit_code, output = bench(out, "--commit", "abc123")
     assert exit_code == 0, output
     made = json.loads(out.read_text())
     assert made["commit"] == "abc123"
@@ -171,6 +171,20 @@ def test_no_page_is_in_two_tables() -> None:
         assert flat == used.tolist()
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_a_run_may_be_of_peaked_scores(tmp_path: Path) -> None:
+    """The baseline rounds scores, and so the more the larger they are."""
+    errors = []
+    for spread in ("1", "2.5"):
+        out = tmp_path / f"{spread}.json"
+        exit_code, output = bench(out, "--impls", "ours,torch_absorbed", "--spread", spread)
+        assert exit_code == 0, output
+        checked = json.loads(out.read_text())["check"]
+        assert all(record[name]["right"] for record in checked for name in ("ours", "torch_absorbed"))
+        errors.append(max(record["torch_absorbed"]["rel_rms"] for record in checked))
+    assert errors[1] > 1.5 * errors[0]
+
+
 @pytest.mark.parametrize("spread", [1.0, 2.5])
 def test_scores_are_as_peaked_as_asked(spread: float) -> None:
     shape = Shape(16, 1, 4, 640, "fixed")
@@ -178,6 +192,7 @@ def test_scores_are_as_peaked_as_asked(spread: float) -> None:
     keys = problem.cache[problem.page_ids[0].long()].flatten(0, 2).float()  # [tokens, 576]
     scores = problem.queries[0].flatten(0, 2).float() @ keys.T * problem.softmax_scale
     assert scores.std().item() == pytest.approx(spread, rel=0.05)
+    assert problem.spread == pytest.approx(spread)
 
 
 def test_bytes_and_flops_are_those_of_the_roofline() -> None:
