@@ -177,17 +177,18 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             yield Store((f"rope_{stage}.{warp}", f"rescale_{stage}.{warp}"), p(page))
             if page.last:
                 yield Store((f"inverse_sum_{stage}.{warp}",), p(page))
-            yield Fence(p(page))
-            yield Arrive(f"p_full_{stage}", p(page))
+            hand_over = Fence(p(page)), Arrive(f"p_full_{stage}", p(page))
             ring.advance()
             right_ring.advance()
             if page.final:
+                yield from hand_over
                 yield MmaWait(pv(page))
                 yield Arrive(f"left_empty_{stage}", pv(page))
                 break
             scores = list(start_scores(index, item[at + 1], ring, right_ring, scale))
             ahead = scores[: 2 * pairs_ahead(scale)]
             yield from ahead
+            yield from hand_over
             yield MmaWait(pv(page), tuple(read for step in ahead if isinstance(step, Mma) for read in step.reads))
             yield Arrive(f"left_empty_{stage}", pv(page))
             yield from scores[len(ahead) :]

@@ -186,7 +186,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       limit[r] = a.causal ? length - request_queries<kRagged>(a, item.request) + token + 1 : length;
       ptx::pin_register(limit[r]);  // or every page would work it out
     }
-    OnlineSoftmax softmax;
+    const int pages = (length + kTileTokens - 1) / kTileTokens;
+    OnlineSoftmax<kInvariant> softmax;
     Span<kInvariant> span(a, item, length);
 
     arrange_query_registers(q_registers);
@@ -209,7 +210,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
       const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
       float rescale[2];
-      const bool must_rescale = softmax.advance<kInvariant>(scores, visible, a.scale_log2, rescale);
+      const bool must_rescale = softmax.advance(scores, visible, a.scale_log2, rescale);
       if (must_rescale && !span.fresh) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
       if (valid_rows < kTileTokens) {
@@ -221,7 +222,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       const uint64_t v = ptx::matrix_descriptor(shared.left[stage], ptx::kTileBytes);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        softmax.exponentiate<Element>(scores, k, a.scale_log2, p[k]);
+        softmax.template exponentiate<Element>(scores, k, a.scale_log2, p[k]);
         ptx::wgmma_fence();
         ptx::mma<typename ptx::Wgmma<Element>::Values>(p[k], v + k * ptx::kNextRows16, o,
                                                        k > 0 || !span.fresh);
@@ -246,12 +247,15 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
           }
         }
       }
-      ptx::fence_async_proxy();
-      ptx::mbarrier_arrive(&shared.p_full[stage]);
+      const auto hand_over = [&] {
+        ptx::fence_async_proxy();
+        ptx::mbarrier_arrive(&shared.p_full[stage]);
+      };
 
       ring.advance();
       right_ring.advance();
       if (final) {
+        hand_over();
         ptx::wgmma_wait<0>();
         ptx::pin_registers(o);
         release_half<kClusterSize>(&shared.left_empty[stage]);
@@ -261,8 +265,10 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if constexpr (kAhead > 0) {
         ptx::wgmma_wait<1>();  // all but the last step: no registers for all of P beside S
         start_scores<Element, 0, kAhead>(shared, ring, right_ring, q_registers, scores);
+        hand_over();  // not before: the right side waits for all of S, the tensor cores for none
         ptx::wgmma_wait<1>();
       } else {
+        hand_over();
         ptx::wgmma_wait<0>();
       }
       ptx::pin_registers(o);
@@ -274,8 +280,11 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         if (span_ends) {
           const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
           end_leaf(a, item, length, row_begin, 0, leaf, span, o);
-          softmax = OnlineSoftmax{};
+          softmax = {};
         }
+      } else {
+        const int seen = page + 1 - item.page_begin;
+        softmax.allow_growth(static_cast<float>(pages) * ptx::reciprocal_fast(seen));
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);

@@ -51,26 +51,28 @@ struct RowState {
   }
 };
 
+template <bool kInvariant>
 struct OnlineSoftmax {
   float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // in units of the scores
   float anchor[2] = {0.0f, 0.0f};  // what exponents are relative to, in log2 units
   float sum[2] = {0.0f, 0.0f};     // of this thread's columns only
+  // Log2 of what a row's maximum may grow by before O is rescaled. In batch-invariant mode always
+  // the same: sums begin anew with every leaf, and weighing them costs more than it saves.
+  float slack_log2[2] = {kInvariant ? 3.0f : 0.0f, kInvariant ? 3.0f : 0.0f};
 
-  // Log2 of what a row's maximum may grow by before O is rescaled. Range would allow much more; but
-  // a probability above 1 is no power of two and is rounded, and where it is a large part of the
-  // sum that shows in the output as its own rounding does. So in free mode only where it is less
-  // than half of this thread's sum, an eighth or so of the row's. In batch-invariant mode sums
-  // begin anew with every leaf, and rescaling would cost more.
-  template <bool kInvariant>
-  __device__ __forceinline__ float slack_log2(int r) const {
-    constexpr float kMost = 3.0f, kHalf = -1.0f;
-    if (kInvariant) return kMost;
-    return fminf(fmaxf(ptx::log2_fast(sum[r]) + kHalf, 0.0f), kMost);
+  // Range would always allow the most; but a probability above 1 is no power of two and is rounded,
+  // and where it is a large part of the sum that shows in the output as its own rounding does. So
+  // in free mode only where it is less than half of what this thread's sum will be if it grows by
+  // `sum_growth` until the request ends, an eighth or so of the row's.
+  __device__ __forceinline__ void allow_growth(float sum_growth) {
+    constexpr float kMost = 8.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      slack_log2[r] = fminf(fmaxf(ptx::log2_fast(sum[r] * (0.5f * sum_growth)), 0.0f), kMost);
   }
 
   // Takes in the maxima of a tile whose columns from `visible[row]` on are hidden. Returns whether
   // this warp's rows of O must be multiplied by `rescale`, which is set only then.
-  template <bool kInvariant>
   __device__ __forceinline__ bool advance(float (&scores)[32], const int (&visible)[2],
                                           float scale_log2, float (&rescale)[2]) {
     if (visible[0] < 64 || visible[1] < 64) {
@@ -94,7 +96,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       largest[r][0] =
           fmaxf(fmaxf(largest[r][0], largest[r][1]), fmaxf(largest[r][2], largest[r][3]));
-      grown |= (largest[r][0] - maximum[r]) * scale_log2 > slack_log2<kInvariant>(r);
+      grown |= (largest[r][0] - maximum[r]) * scale_log2 > slack_log2[r];
     }
     if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
