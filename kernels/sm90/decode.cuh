@@ -186,7 +186,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       limit[r] = a.causal ? length - request_queries<kRagged>(a, item.request) + token + 1 : length;
       ptx::pin_register(limit[r]);  // or every page would work it out
     }
-    const int pages = (length + kTileTokens - 1) / kTileTokens;
     OnlineSoftmax<kInvariant> softmax;
     Span<kInvariant> span(a, item, length);
 
@@ -265,12 +264,9 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if constexpr (kAhead > 0) {
         ptx::wgmma_wait<1>();  // all but the last step: no registers for all of P beside S
         start_scores<Element, 0, kAhead>(shared, ring, right_ring, q_registers, scores);
-        hand_over();  // not before: the right side waits for all of S, the tensor cores for none
-        ptx::wgmma_wait<1>();
-      } else {
-        hand_over();
-        ptx::wgmma_wait<0>();
       }
+      hand_over();  // no sooner: the right side waits for all of S anyway
+      ptx::wgmma_wait<kAhead == 0 ? 0 : 1>();
       ptx::pin_registers(o);
       release_half<kClusterSize>(&shared.left_empty[stage]);
       start_scores<Element, kAhead, kTiles>(shared, ring, right_ring, q_registers, scores);
@@ -284,7 +280,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         }
       } else {
         const int seen = page + 1 - item.page_begin;
-        softmax.allow_growth(static_cast<float>(pages) * ptx::reciprocal_fast(seen));
+        softmax.allow_growth(static_cast<float>(pages_of(length)) * ptx::reciprocal_fast(seen));
       }
       ptx::wgmma_wait<0>();
       ptx::pin_registers(scores);

@@ -18,6 +18,10 @@ constexpr int kTileLog2 = 6;
 constexpr int kTileTokens = 1 << kTileLog2;  // KV tokens of a page as the schedule counts them
 constexpr int kTiles = kWidth / 64;
 
+__device__ __forceinline__ int pages_of(int tokens) {
+  return (tokens + kTileTokens - 1) / kTileTokens;
+}
+
 // Beside a row of a partial result, the fp16 values of which are to be multiplied by the scale of
 // their half: a power of two, of which the upper half of a float is kept.
 struct alignas(8) PartialState {

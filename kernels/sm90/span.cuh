@@ -26,7 +26,7 @@ struct Span<true> {
   LeafCursor cursor;
 
   __device__ __forceinline__ Span(const DecodeArguments& a, const Item& item, int length)
-      : cursor(pages_of(item, length), item.page_begin, a.max_leaves) {
+      : cursor(planned_pages(item, length), item.page_begin, a.max_leaves) {
     start(item, length);
   }
   __device__ __forceinline__ void advance(const Item& item, int length) {
@@ -37,11 +37,11 @@ struct Span<true> {
  private:
   __device__ __forceinline__ void start(const Item& item, int length) {
     fresh = true;
-    end = min(item.page_end, cursor.end(pages_of(item, length)));
+    end = min(item.page_end, cursor.end(planned_pages(item, length)));
   }
   // A plan older than its lengths may ask for pages that the request no longer has.
-  __device__ __forceinline__ static int pages_of(const Item& item, int length) {
-    return max((length + kTileTokens - 1) / kTileTokens, item.page_end);
+  __device__ __forceinline__ static int planned_pages(const Item& item, int length) {
+    return max(pages_of(length), item.page_end);
   }
 };
 
