@@ -19,7 +19,6 @@ import torch
 MIN_LEAF_PAGES = 4  # the smallest leaf, as long as there are several
 MIN_SHARED_LEAF_PAGES = 6  # the same where row tiles share pages: they wait for merging, not for memory
 MAX_LEAVES = 128  # of all row tiles together: about one for each SM
-ROWS_PER_WARP = 16
 ROOM_FLOATS = 16 * 512 // 2 + 2 * 32 * 4  # that 16 rows of a result take: fp16 values, and states of both halves
 
 
@@ -58,8 +57,8 @@ def room_floats(rows: int, blocks: int, most: int) -> int:
         most: `max_leaves(row_tiles)`.
     """
     levels = most.bit_length() - 1
-    warps = -(-min(rows, 4 * ROWS_PER_WARP) // ROWS_PER_WARP)
-    return blocks * levels * warps * ROOM_FLOATS
+    sixteens = min(max(2, -(-rows // 16)), 4)  # few rows are dealt to all warps, as if they were 32
+    return blocks * levels * sixteens * ROOM_FLOATS
 
 
 def merge(

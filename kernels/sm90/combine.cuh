@@ -31,10 +31,11 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int cut = requests.count(), rows = a.all_rows.divisor, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
-  // The pieces of half a row are shared among as many warps as there are, but no more than a cut
-  // request has pieces on average; each takes every group-th one.
+  // The pieces of half a row are shared among as many warps as there are, but of a cut request's,
+  // on average, each has as many as it asks for at once; it takes every group-th one.
   const int group_log2 =
-      min(kCombineWarpsLog2, min(log2_of_ratio(warps, units), log2_of_ratio(splits, cut)));
+      min(kCombineWarpsLog2,
+          min(log2_of_ratio(warps, units), log2_of_ratio(2 * splits - 1, kInFlight * cut)));
   const int group = 1 << group_log2;
   // Where few rows are many warps' work it would take longer than it saves.
   const bool discards = group <= 4;
@@ -64,12 +65,11 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     if (group == 1) {
       out = in_column_order(pack_vector<Element>(merge.out, merge.inverse_sum()));
     } else {
-      shared[warp].put(merge);
+      shared[warp].put(merge);  // once: where warps share half rows there are enough for all
       __syncthreads();
       vector = (member << (5 - group_log2)) + (lane >> group_log2);
       merge = merge_shares(shared + (warp - member), group, vector);
       out = pack_vector<Element>(merge.out, merge.inverse_sum());
-      __syncthreads();  // the next round writes what may still be read
     }
     if (real && (lane & (group - 1)) == 0) {
       const int kv_head = a.head_rows.divide(row), head_row = a.head_rows.remainder(row);

@@ -75,13 +75,13 @@ cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArgument
   }
 }
 
-template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
                        int device) {
   constexpr size_t kSharedBytes =
       sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
   static std::atomic<uint64_t> allowed{0};
-  const auto decode = decode_kernel<Element, kInvariant, kRagged, kClusterSize>;
+  const auto decode = decode_kernel<Element, kInvariant, kRagged, kThreadRows, kClusterSize>;
   if (const flashmla_status status = allow_shared_memory(reinterpret_cast<const void*>(decode),
                                                          kSharedBytes, device, &allowed))
     return status;
@@ -143,17 +143,22 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
-  const auto launch_as = [&](auto invariant, auto ragged, auto cluster_size) {
+  const auto launch_as = [&](auto invariant, auto ragged, auto thread_rows, auto cluster_size) {
     constexpr bool kInvariant = decltype(invariant)::value, kRagged = decltype(ragged)::value;
+    constexpr int kThreadRows = decltype(thread_rows)::value;
     constexpr int kClusterSize = decltype(cluster_size)::value;
     return p.dtype == FLASHMLA_BF16
-               ? launch<__nv_bfloat16, kInvariant, kRagged, kClusterSize>(p, arguments, device)
-               : launch<__half, kInvariant, kRagged, kClusterSize>(p, arguments, device);
+               ? launch<__nv_bfloat16, kInvariant, kRagged, kThreadRows, kClusterSize>(p, arguments,
+                                                                                       device)
+               : launch<__half, kInvariant, kRagged, kThreadRows, kClusterSize>(p, arguments,
+                                                                                device);
   };
   const auto launch_mode = [&](auto invariant, auto ragged) {
-    return row_tiles_of(arguments) % 2 == 0
-               ? launch_as(invariant, ragged, std::integral_constant<int, 2>{})
-               : launch_as(invariant, ragged, std::integral_constant<int, 1>{});
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int, 2> two;
+    if (arguments.rows <= kFewRows) return launch_as(invariant, ragged, one, one);
+    return row_tiles_of(arguments) % 2 == 0 ? launch_as(invariant, ragged, two, two)
+                                            : launch_as(invariant, ragged, two, one);
   };
   if (p.query_offsets != nullptr) return launch_mode(std::false_type{}, std::true_type{});
   return p.max_leaves == 0 ? launch_mode(std::false_type{}, std::false_type{})

@@ -28,17 +28,19 @@
 
 namespace flashmla {
 
-// Tiles of Q as A operands of wgmma: 16 columns each of this thread's two rows.
+// Tiles of Q as A operands of wgmma: 16 columns each of this thread's two rows, of which the second
+// may be absent.
 using QueryRegisters = uint32_t[kRegisterTiles][4][4];
 
-// Each thread loads whole 16-byte vectors, every fourth of its two rows; see arrange.
-template <bool kRagged>
+// Each thread loads whole 16-byte vectors, every fourth of its rows; see arrange.
+template <bool kRagged, int kThreadRows>
 __device__ __forceinline__ void load_query_registers(const DecodeArguments& a, int request,
                                                      int kv_head, int row_begin,
                                                      QueryRegisters& q) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = min(row_begin + accumulator_row(r), request_rows<kRagged>(a, request) - 1);
+  for (int r = 0; r < kThreadRows; ++r) {
+    const int row =
+        min(row_begin + accumulator_row<kThreadRows>(r), request_rows<kRagged>(a, request) - 1);
     const auto* source =
         reinterpret_cast<const uint4*>(query_row<kRagged>(a, a.q_latent, request, kv_head, row)) +
         kFirstRegisterTile * 8 + threadIdx.x % 4;
@@ -52,13 +54,18 @@ __device__ __forceinline__ void load_query_registers(const DecodeArguments& a, i
 }
 
 // Gives each thread of a quad the columns that wgmma wants from it: word `lane % 4` of each vector.
+template <int kThreadRows>
 __device__ __forceinline__ void arrange_query_registers(QueryRegisters& q) {
 #pragma unroll
   for (int i = 0; i < 2 * kRegisterTiles; ++i) {
     uint32_t (&x)[4] = q[i / 2][i % 2 * 2];
     uint32_t (&y)[4] = q[i / 2][i % 2 * 2 + 1];
     transpose_quad(x);
-    transpose_quad(y);
+    if (kThreadRows == 1) {
+      y[0] = y[1] = y[2] = y[3] = 0;
+    } else {
+      transpose_quad(y);
+    }
     const uint32_t even[4] = {x[0], y[0], x[1], y[1]}, odd[4] = {x[2], y[2], x[3], y[3]};
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[j] = even[j], y[j] = odd[j];
@@ -114,9 +121,13 @@ __device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kL
   ptx::wgmma_commit();
 }
 
-__device__ __forceinline__ void rescale_output(float (&o)[128], const float (&factor)[2]) {
+template <int kThreadRows>
+__device__ __forceinline__ void rescale_output(float (&o)[128],
+                                               const float (&factor)[kThreadRows]) {
 #pragma unroll
-  for (int i = 0; i < 128; ++i) o[i] *= factor[(i >> 1) & 1];
+  for (int i = 0; i < 128; ++i) {
+    if (((i >> 1) & 1) < kThreadRows) o[i] *= factor[(i >> 1) & 1];
+  }
 }
 
 // Where this thread's part of columns 16 k .. 16 k + 15 of P lies in the page's rope tile.
@@ -153,7 +164,7 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
   ptx::fence_async_proxy();
 }
 
-template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
                                          int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -166,8 +177,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   QueryRegisters q_registers;
   const auto load_next_query = [&](int i) {
     if (i < last)
-      load_query_registers<kRagged>(a, Item(__ldg(a.items + i)).request, kv_head, row_begin,
-                                    q_registers);
+      load_query_registers<kRagged, kThreadRows>(a, Item(__ldg(a.items + i)).request, kv_head,
+                                                 row_begin, q_registers);
   };
   load_next_query(first);
   for (int i = first; i < last; ++i) {
@@ -178,18 +189,18 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       continue;
     }
     const int length = request_length(a, item.request);
-    int limit[2];  // tokens that each of this thread's rows sees
+    int limit[kThreadRows];  // tokens that each of this thread's rows sees
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kThreadRows; ++r) {
       const int last_row = request_rows<kRagged>(a, item.request) - 1;
-      const int token = a.group.divide(min(row_begin + accumulator_row(r), last_row));
+      const int token = a.group.divide(min(row_begin + accumulator_row<kThreadRows>(r), last_row));
       limit[r] = a.causal ? length - request_queries<kRagged>(a, item.request) + token + 1 : length;
       ptx::pin_register(limit[r]);  // or every page would work it out
     }
-    OnlineSoftmax<kInvariant> softmax;
+    OnlineSoftmax<kThreadRows, kInvariant> softmax;
     Span<kInvariant> span(a, item, length);
 
-    arrange_query_registers(q_registers);
+    arrange_query_registers<kThreadRows>(q_registers);
     ptx::mbarrier_wait(&shared.q_full, q_parity);
     q_parity ^= 1;
     start_scores<Element, 0, kTiles>(shared, ring, right_ring, q_registers, scores);
@@ -207,8 +218,10 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       // read it.
       ptx::named_barrier_sync(kLeftGroup, 128);
 
-      const int visible[2] = {limit[0] - page * kTileTokens, limit[1] - page * kTileTokens};
-      float rescale[2];
+      int visible[kThreadRows];
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) visible[r] = limit[r] - page * kTileTokens;
+      float rescale[kThreadRows];
       const bool must_rescale = softmax.advance(scores, visible, a.scale_log2, rescale);
       if (must_rescale && !span.fresh) rescale_output(o, rescale);
       const int valid_rows = length - page * kTileTokens;
@@ -232,17 +245,18 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
       if (lane == 0) shared.must_rescale[stage][warp] = must_rescale;
       if (must_rescale && lane % 4 == 0) {
-        shared.rescale[stage][accumulator_row(0)] = rescale[0];
-        shared.rescale[stage][accumulator_row(1)] = rescale[1];
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r)
+          shared.rescale[stage][accumulator_row<kThreadRows>(r)] = rescale[r];
       }
       if (span_ends) {
         softmax.finish();
         if (lane % 4 == 0) {
-          shared.sum[stage][accumulator_row(0)] = softmax.sum[0];
-          shared.sum[stage][accumulator_row(1)] = softmax.sum[1];
-          if (kInvariant) {
-            shared.anchor[stage][accumulator_row(0)] = softmax.anchor[0];
-            shared.anchor[stage][accumulator_row(1)] = softmax.anchor[1];
+#pragma unroll
+          for (int r = 0; r < kThreadRows; ++r) {
+            const int row = accumulator_row<kThreadRows>(r);
+            shared.sum[stage][row] = softmax.sum[r];
+            if (kInvariant) shared.anchor[stage][row] = softmax.anchor[r];
           }
         }
       }
@@ -274,7 +288,8 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       if (lane == 0) ptx::mbarrier_arrive(&shared.scores_issued[right_ring.stage]);
       if constexpr (kInvariant) {
         if (span_ends) {
-          const RowState leaf[2] = {softmax.row(0), softmax.row(1)};
+          RowState leaf[kThreadRows];
+          softmax.get_rows(leaf);
           end_leaf(a, item, length, row_begin, 0, leaf, span, o);
           softmax = {};
         }
@@ -286,18 +301,20 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::pin_registers(scores);
     }
 
-    const RowState rows[2] = {softmax.row(0), softmax.row(1)};
+    RowState rows[kThreadRows];
+    softmax.get_rows(rows);
     if constexpr (kInvariant) {
       end_item<Element>(a, item, kv_head, row_begin, 0, rows, span, o);
       continue;
     }
     const bool whole = item.split < 0;
-    const float factor[2] = {rows[0].inverse(), rows[1].inverse()};
+    float factor[kThreadRows];
+    get_inverses(rows, factor);
     store_output<Element, kRagged>(a, item, kv_head, row_begin, 0, o, factor);
     if (lane % 4 == 0) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = row_begin + accumulator_row(r);
+      for (int r = 0; r < kThreadRows; ++r) {
+        const int row = row_begin + accumulator_row<kThreadRows>(r);
         if (row >= request_rows<kRagged>(a, item.request)) continue;
         if (whole) {
           a.lse[output_row<kRagged>(a, item.request, kv_head, row)] = rows[r].lse();
@@ -309,13 +326,13 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   }
 }
 
-template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared& shared,
                                           int row_begin, int kv_head, int first, int last) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
-  load_first_queries<kRagged>(a, shared, row_begin, kv_head, first, last);
+  load_first_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, first, last);
   float o[128];
   uint32_t p[4][4];
   for (int i = first; i < last; ++i) {
@@ -326,7 +343,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
     }
     const int length = request_length(a, item.request);
     Span<kInvariant> span(a, item, length);
-    RowState leaf[2];  // or of the whole item
+    RowState leaf[kThreadRows];  // or of the whole item
     for (int page = item.page_begin; page < item.page_end; ++page) {
       for (int pair = 0; pair < 2; ++pair) {
         ptx::mbarrier_wait(&shared.right_full[ring.stage][pair], ring.parity);
@@ -341,15 +358,18 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       if (span.fresh) ptx::mbarrier_wait(&shared.scores_issued[ring.stage], ring.parity);
       ptx::mbarrier_wait(&shared.p_full[p_ring.stage], p_ring.parity);
       if (!span.fresh && shared.must_rescale[p_ring.stage][warp]) {
-        const float factor[2] = {shared.rescale[p_ring.stage][accumulator_row(0)],
-                                 shared.rescale[p_ring.stage][accumulator_row(1)]};
+        float factor[kThreadRows];
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r)
+          factor[r] = shared.rescale[p_ring.stage][accumulator_row<kThreadRows>(r)];
         rescale_output(o, factor);
       }
       if (span_ends) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if (kInvariant) leaf[r].anchor = shared.anchor[p_ring.stage][accumulator_row(r)];
-          leaf[r].sum = shared.sum[p_ring.stage][accumulator_row(r)];
+        for (int r = 0; r < kThreadRows; ++r) {
+          const int row = accumulator_row<kThreadRows>(r);
+          if (kInvariant) leaf[r].anchor = shared.anchor[p_ring.stage][row];
+          leaf[r].sum = shared.sum[p_ring.stage][row];
         }
       }
 #pragma unroll
@@ -387,13 +407,14 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       end_item<Element>(a, item, kv_head, row_begin, 1, leaf, span, o);
       continue;
     }
-    const float factor[2] = {leaf[0].inverse(), leaf[1].inverse()};
+    float factor[kThreadRows];
+    get_inverses(leaf, factor);
     store_output<Element, kRagged>(a, item, kv_head, row_begin, 1, o, factor);
   }
 }
 
 // grid: (row tiles, H_kv, parts), so that neighbours read the same pages at the same time.
-template <typename Element, bool kInvariant, bool kRagged, int kClusterSize>
+template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArguments a) {
   extern __shared__ uint8_t raw_shared[];
@@ -438,19 +459,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x < 64) {
       stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, first, last);
     } else {
-      stream_queries<kRagged>(a, shared, row_begin, kv_head, first, last);
+      stream_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, first, last);
       if (threadIdx.x < 96 && blockIdx.x + kv_head == 0) report_stale_plan(a, first, last);
     }
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
-    run_left<Element, kInvariant, kRagged, kClusterSize>(a, shared, row_begin, kv_head, first,
-                                                         last);
+    run_left<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin, kv_head,
+                                                                      first, last);
   } else {
     ptx::register_increase<kRightRegisters>();
     const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
-    run_right<Element, kInvariant, kRagged, kClusterSize>(a, shared, row_begin, kv_head, first,
-                                                          last);
+    run_right<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin,
+                                                                       kv_head, first, last);
   }
 }
 

@@ -109,9 +109,28 @@ __device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a,
          (kv_head * static_cast<int>(a.group.divisor) + a.group.remainder(row)) * q.head_stride;
 }
 
-// Rows that this thread holds of a 64-row accumulator.
+// kThreadRows: rows of a 64-row accumulator that a thread holds and that may exist. Of two, rows
+// lie in order. Where there are few, rows are dealt to the warps, each to the first half of its
+// sixteen: so all four warps share their softmax and their output, and nobody looks at second
+// halves.
+constexpr int kFewRows = 32;
+
+template <int kThreadRows>
 __device__ __forceinline__ int accumulator_row(int r) {
-  return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+  const int warp = threadIdx.x % 128 / 32, row = threadIdx.x % 32 / 4;
+  return kThreadRows == 1 ? 4 * row + warp : 16 * warp + row + 8 * r;
+}
+
+// Where a row lies in a tile of 64, and which one lies there: from kTileRows on none.
+template <int kThreadRows>
+__device__ __forceinline__ int place_of_row(int row) {
+  return kThreadRows == 1 ? row % 4 * 16 + row / 4 : row;
+}
+
+template <int kThreadRows>
+__device__ __forceinline__ int row_at(int place) {
+  if (kThreadRows == 1) return place % 16 < 8 ? place % 16 * 4 + place / 16 : kTileRows;
+  return place;
 }
 
 }  // namespace flashmla

@@ -5,6 +5,7 @@
 
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/keep.cuh"
+#include "sm90/ptx/math.cuh"
 #include "sm90/quad.cuh"
 #include "sm90/softmax.cuh"
 
@@ -43,13 +44,6 @@ __device__ __forceinline__ uint4 in_column_order(const uint4& vector) {
   return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
-// The larger one, NaN if either is.
-__device__ __forceinline__ float max_or_nan(float x, float y) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
-  return larger;
-}
-
 // NaN if any x is: what arithmetic makes is positive, so above all numbers here.
 __device__ __forceinline__ float warp_max(float x) {
   // Bits that are ordered as integers as the numbers are.
@@ -62,6 +56,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
+
+__device__ __forceinline__ float exp_fast(float x) { return ptx::exp2_fast(x * kLog2E); }
 
 // A running sum of weighted partial results of half a row; a lane holds one vector of it.
 struct Merge {
@@ -81,22 +77,28 @@ struct Merge {
       if (lane < here) state = __ldcs(states + static_cast<int64_t>(base + lane) * stride);
       uint4 x[kInFlight];
       load(x, values, stride, base, count);
-      const float lse = __uint_as_float(state.x), next = max_or_nan(maximum, warp_max(lse));
+      const float lse = __uint_as_float(state.x), next = ptx::max_or_nan(maximum, warp_max(lse));
       float weight = 0.0f;
       if (next != kNegativeInfinity) {
-        if (base > 0) scale(__expf(maximum - next));
+        if (base > 0) scale(exp_fast(maximum - next));
         maximum = next;
-        weight = __expf(lse - next);
+        weight = exp_fast(lse - next);
         sum += warp_sum(weight);
         weight *= scale_of(state.y, half);
       }
+      // A piece that holds no token this row sees weighs nothing, whatever its result.
+      const bool some_blind = __any_sync(~0u, lane < here && weight == 0.0f);
       for (int first = 0;;) {
+        float own[kInFlight];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          const float own = __shfl_sync(~0u, weight, first + i);
-          // A piece that holds no token this row sees weighs nothing, whatever its result.
-          if (own != 0.0f) add(x[i], own);
+        for (int i = 0; i < kInFlight; ++i) own[i] = __shfl_sync(~0u, weight, first + i);
+        if (some_blind) {
+#pragma unroll
+          for (int i = 0; i < kInFlight; ++i)
+            if (own[i] == 0.0f) x[i] = uint4{};
         }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) add(x[i], own[i]);
         if (discards) discard_half_rows(values, base + first, min(kInFlight, here - first), stride);
         first += kInFlight;
         if (first >= here) break;
@@ -105,21 +107,21 @@ struct Merge {
     }
   }
 
-  __device__ __forceinline__ float inverse_sum() const { return sum != 0.0f ? 1.0f / sum : 0.0f; }
+  __device__ __forceinline__ float inverse_sum() const { return inverse_of(sum); }
 
   __device__ __forceinline__ float log_sum() const {
-    return sum != 0.0f ? maximum + logf(sum) : kNegativeInfinity;
+    return sum != 0.0f ? fmaf(ptx::log2_fast(sum), kLn2, maximum) : kNegativeInfinity;
   }
 
  private:
   template <int kInFlight>
   __device__ __forceinline__ static void load(uint4 (&x)[kInFlight], const uint4* values,
                                               int stride, int first, int count) {
-    const uint32_t vectors = stride * (kLatent / kVectorColumns);
+    const int vectors = stride * (kLatent / kVectorColumns);
+    values += static_cast<int64_t>(first) * vectors;
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      if (first + i < count)
-        x[i] = __ldcs(values + static_cast<uint64_t>(static_cast<uint32_t>(first + i)) * vectors);
+    for (int i = 0; i < kInFlight; ++i, values += vectors) {
+      x[i] = first + i < count ? __ldcs(values) : uint4{};
     }
   }
 
@@ -172,7 +174,7 @@ __device__ __forceinline__ Merge merge_shares(const SharedMerge* shares, int cou
     merge.maximum = fmaxf(merge.maximum, __shfl_xor_sync(~0u, merge.maximum, step));
   // A warp without a piece, or whose pieces saw no token, counts for nothing.
   const float weight =
-      own.maximum == kNegativeInfinity ? 0.0f : __expf(own.maximum - merge.maximum);
+      own.maximum == kNegativeInfinity ? 0.0f : exp_fast(own.maximum - merge.maximum);
   merge.sum = weight * own.sum;
 #pragma unroll
   for (int i = 0; i < kVectorColumns / 4; ++i) {

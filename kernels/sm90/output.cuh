@@ -66,16 +66,17 @@ __device__ __forceinline__ float largest_of_row(const float (&o)[128], int r) {
 
 // One half of O, [64, 256] of this warpgroup, to the output or to the partial results; there as
 // fp16, since writing and reading them back is what cutting costs.
-template <typename Element, bool kRagged>
+template <typename Element, bool kRagged, int kThreadRows>
 __device__ __forceinline__ void store_output(const DecodeArguments& a, const Item& item,
                                              int kv_head, int row_begin, int half,
-                                             const float (&o)[128], const float (&inverse_sum)[2]) {
+                                             const float (&o)[128],
+                                             const float (&inverse_sum)[kThreadRows]) {
   const int column = half * (kLatent / 2);
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < kThreadRows; ++r) {
     const int rows = request_rows<kRagged>(a, item.request);
-    const int row = min(row_begin + accumulator_row(r), rows - 1);
-    const bool valid = row_begin + accumulator_row(r) < rows;
+    const int row = min(row_begin + accumulator_row<kThreadRows>(r), rows - 1);
+    const bool valid = row_begin + accumulator_row<kThreadRows>(r) < rows;
     if (item.split < 0) {
       store_row<Element, true>(static_cast<Element*>(a.out) +
                                    output_row<kRagged>(a, item.request, kv_head, row) * kLatent +

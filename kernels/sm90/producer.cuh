@@ -182,7 +182,7 @@ constexpr int kQueryArrivals = 128;  // at q_full, by as many threads or by half
 
 // The valid rows of an item's Q by `kThreads` threads, each of which owns a 16-byte column of the
 // tiles in shared memory, of all rows or of every kStep-th.
-template <bool kRagged, int kThreads>
+template <bool kRagged, int kThreadRows, int kThreads>
 __device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeShared& shared,
                                              int row_begin, int kv_head, int request, int thread) {
   constexpr int kStep = kThreads / (kQueryTiles * 8);  // rows
@@ -194,7 +194,8 @@ __device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeSha
 #pragma unroll 4
   for (int r = thread / (kQueryTiles * 8); r < rows; r += kStep) {
     const int row = kRagged ? min(row_begin + r, own - 1) : row_begin + r;
-    ptx::copy_async_16(shared.q[slot] + r * 128 + ((chunk ^ (r % 8)) * 16),
+    const int place = place_of_row<kThreadRows>(r);
+    ptx::copy_async_16(shared.q[slot] + place * 128 + ((chunk ^ (place % 8)) * 16),
                        query_row<kRagged>(a, part, request, kv_head, row) + column);
   }
   ptx::copy_async_wait_all();
@@ -210,29 +211,32 @@ __device__ __forceinline__ int first_with_pages(const DecodeArguments& a, int fi
 
 // By a warpgroup. Rows that do not exist are zero for good: what lies in shared memory could be NaN
 // or huge.
+template <int kThreadRows>
 __device__ __forceinline__ void zero_absent_rows(DecodeShared& shared, int rows) {
+  const int first = kThreadRows == 1 ? 0 : rows;  // place of one
 #pragma unroll 1
-  for (int i = threadIdx.x % 128; i < (kTileRows - rows) * 8; i += 128) {
+  for (int i = threadIdx.x % 128; i < (kTileRows - first) * 8; i += 128) {
+    if (kThreadRows == 1 && row_at<kThreadRows>(i / 8) < rows) continue;
 #pragma unroll
     for (int tile = 0; tile < kQueryTiles; ++tile)
-      reinterpret_cast<uint4*>(shared.q[tile] + rows * 128)[i] = uint4{};
+      reinterpret_cast<uint4*>(shared.q[tile] + first * 128)[i] = uint4{};
   }
 }
 
 // By a warpgroup. The first item's queries are waited for, so that two warps would be few.
-template <bool kRagged>
+template <bool kRagged, int kThreadRows>
 __device__ __forceinline__ void load_first_queries(const DecodeArguments& a, DecodeShared& shared,
                                                    int row_begin, int kv_head, int first,
                                                    int last) {
   first = first_with_pages(a, first, last);
   if (first == last) return;
-  zero_absent_rows(shared, a.rows - row_begin);
-  load_queries<kRagged, 128>(a, shared, row_begin, kv_head, Item(__ldg(a.items + first)).request,
-                             threadIdx.x % 128);
+  zero_absent_rows<kThreadRows>(shared, a.rows - row_begin);
+  load_queries<kRagged, kThreadRows, 128>(a, shared, row_begin, kv_head,
+                                          Item(__ldg(a.items + first)).request, threadIdx.x % 128);
 }
 
 // By two warps: those of all further items.
-template <bool kRagged>
+template <bool kRagged, int kThreadRows>
 __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
                                                int row_begin, int kv_head, int first, int last) {
   uint32_t parity = 0;
@@ -240,7 +244,8 @@ __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeS
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) continue;
     ptx::mbarrier_wait(&shared.q_empty, parity);
-    load_queries<kRagged, 64>(a, shared, row_begin, kv_head, item.request, threadIdx.x % 128 - 64);
+    load_queries<kRagged, kThreadRows, 64>(a, shared, row_begin, kv_head, item.request,
+                                           threadIdx.x % 128 - 64);
     parity ^= 1;
   }
 }

@@ -68,6 +68,7 @@ struct SiblingWeights {
   float first, second;
   NodeState state;
 
+  SiblingWeights() = default;
   __device__ __forceinline__ SiblingWeights(const NodeState& x, const NodeState& y) {
     // Values of similar weight may add up to twice as much, which fp16 does not hold; others hardly
     // to more than the larger, and fp16 ends at twice what a leaf may have.

@@ -46,11 +46,13 @@ struct Span<true> {
 };
 
 // A leaf takes up what waits for it, then waits itself.
+template <int kThreadRows>
 __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& item, int length,
-                                         int row_begin, int half, const RowState (&leaf)[2],
-                                         Span<true>& span, float (&o)[128]) {
-  Node node(leaf, o);
-  const Rooms rooms(a, row_begin);
+                                         int row_begin, int half,
+                                         const RowState (&leaf)[kThreadRows], Span<true>& span,
+                                         float (&o)[128]) {
+  Node<kThreadRows> node(leaf, o);
+  const Rooms<kThreadRows> rooms(a, row_begin);
   const int number = span.cursor.leaf();
   rooms.merge(merged_subtrees(number, false), half, node);
   rooms.store(waiting_subtree(number), half, node);
@@ -59,12 +61,13 @@ __device__ __forceinline__ void end_leaf(const DecodeArguments& a, const Item& i
 }
 
 // The last leaf takes up all that wait, and is stored.
-template <typename Element>
+template <typename Element, int kThreadRows>
 __device__ __forceinline__ void end_item(const DecodeArguments& a, const Item& item, int kv_head,
-                                         int row_begin, int half, const RowState (&leaf)[2],
+                                         int row_begin, int half,
+                                         const RowState (&leaf)[kThreadRows],
                                          const Span<true>& span, float (&o)[128]) {
-  Node node(leaf, o);
-  const Rooms rooms(a, row_begin);
+  Node<kThreadRows> node(leaf, o);
+  const Rooms<kThreadRows> rooms(a, row_begin);
   const uint32_t waiting = merged_subtrees(span.cursor.leaf(), true);
   // The highest of a whole request is what the root takes up.
   const bool unrounded = kUnroundedRoot<Element> && item.split < 0 && waiting != 0;

@@ -106,7 +106,7 @@ class Case {
     constexpr int kMaxLeaves = 16, kLevels = 4;
     const int rows = shape_.rows() / shape_.h_kv, tiles = (rows + 63) / 64;
     const Room<float> rooms(size_t{1} * plan_.parts * shape_.h_kv * tiles * kLevels *
-                            ((std::min(rows, 64) + 15) / 16) * FLASHMLA_ROOM_FLOATS_OF_16_ROWS);
+                            std::clamp((rows + 15) / 16, 2, 4) * FLASHMLA_ROOM_FLOATS_OF_16_ROWS);
     flashmla_schedule_params schedule = schedule_params();
     flashmla_decode_params params = decode_params();
     schedule.max_leaves = params.max_leaves = kMaxLeaves;

@@ -65,7 +65,7 @@ std::vector<Leaf> draw(int count, uint32_t seed) {
   return leaves;
 }
 
-template <typename Element>
+template <typename Element, int kThreadRows>
 class Machine {
  public:
   Machine(int pages, int rows, int max_leaves, const std::vector<Leaf>& leaves, bool descending)
@@ -83,7 +83,8 @@ class Machine {
     Result result{std::vector<uint16_t>(rows * kLatent), std::vector<float>(rows)};
     const std::vector<int32_t> offsets{0, pieces == 1 ? 0 : pieces};
     const size_t levels = 31 - __clz(a_.max_leaves);
-    emulation::Memory rooms(pieces * levels * 4 * Rooms::kWarpBytes),
+    const size_t sixteens = std::clamp<size_t>((rows + 15) / 16, 2, 4);
+    emulation::Memory rooms(pieces * levels * sixteens * 4 * FLASHMLA_ROOM_FLOATS_OF_16_ROWS),
         values(pieces * rows * kLatent * 2);
     std::vector<NodeState> states(2 * pieces * rows);
     a_.split_offsets = offsets.data();
@@ -120,9 +121,9 @@ class Machine {
     float o[128];
     for (;;) {
       const Leaf& leaf = leaves_[span.cursor.number];
-      RowState states[2];
-      for (int r = 0; r < 2; ++r) {
-        const int row = accumulator_row(r);
+      RowState states[kThreadRows];
+      for (int r = 0; r < kThreadRows; ++r) {
+        const int row = accumulator_row<kThreadRows>(r);
         states[r] = {leaf.anchor[row], leaf.sum[row]};
         for (int n = 0; n < 32; ++n) {
           for (int i = 0; i < 2; ++i)
@@ -187,11 +188,11 @@ bool is_scaled(const Result& result, const Result& plain, float scale) {
   return result.lse == plain.lse;
 }
 
-template <typename Element>
+template <typename Element, int kThreadRows>
 void run(int pages, int rows, int max_leaves, int seed, bool descending) {
   const int count = leaf_count(pages, max_leaves);
   const std::vector<Leaf> leaves = draw(count, seed);
-  Machine<Element> machine(pages, rows, max_leaves, leaves, descending);
+  Machine<Element, kThreadRows> machine(pages, rows, max_leaves, leaves, descending);
   const Result whole = machine.run(1, 1.0f);
   int other_bits = 0;
   for (int pieces = 2; pieces <= count; pieces *= 2)
@@ -213,6 +214,10 @@ int main() {
   int pages, rows, max_leaves, seed, descending, fp16;
   while (std::scanf("%d %d %d %d %d %d", &pages, &rows, &max_leaves, &seed, &descending, &fp16) ==
          6) {
-    (fp16 ? run<__half> : run<__nv_bfloat16>)(pages, rows, max_leaves, seed, descending);
+    const bool few = rows <= kFewRows;
+    const auto run_as = fp16  ? few ? run<__half, 1> : run<__half, 2>
+                        : few ? run<__nv_bfloat16, 1>
+                              : run<__nv_bfloat16, 2>;
+    run_as(pages, rows, max_leaves, seed, descending);
   }
 }

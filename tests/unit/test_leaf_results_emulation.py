@@ -21,7 +21,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize(
     "most, pages, rows",
-    [(128, 1, 1), (128, 8, 64), (128, 20, 16), (128, 64, 37), (128, 3000, 5), (64, 200, 64), (16, 300, 64)],
+    [
+        (128, 1, 1),
+        (128, 8, 64),
+        (128, 20, 16),
+        (128, 64, 37),
+        (128, 3000, 5),
+        (128, 9, 32),
+        (128, 40, 33),
+        (64, 200, 64),
+        (16, 300, 64),
+    ],
 )
 def test_bits_are_those_of_the_request_uncut(program: Path, most: int, pages: int, rows: int, fp16: bool) -> None:
     """Scores alike, apart and far apart; O of any magnitude that the output holds; some rows see no token."""

@@ -69,7 +69,7 @@ typedef struct flashmla_decode_params {
   void* partial_lse;
   // Batch-invariant mode, 128-byte aligned: for each thread block of the decode kernel
   // log2(max_leaves) rooms for results that wait, of FLASHMLA_ROOM_FLOATS_OF_16_ROWS for every 16
-  // rows each; none with a single leaf.
+  // rows each, no fewer than 32; none with a single leaf.
   float* rooms;
 
   void* stream;  // cudaStream_t

@@ -16,6 +16,21 @@ __device__ __forceinline__ uint4 load_kept(const uint4* from) {
   return x;
 }
 
+__device__ __forceinline__ uint2 load_kept(const uint2* from) {
+  uint2 x;
+  asm volatile("ld.global.cg.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;"
+               : "=r"(x.x), "=r"(x.y)
+               : "l"(from), "l"(kEvictLast)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_kept(uint2* to, uint2 x) {
+  asm volatile("st.global.cg.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(x.x),
+               "r"(x.y), "l"(kEvictLast)
+               : "memory");
+}
+
 __device__ __forceinline__ void store_kept(uint4* to, uint4 x) {
   asm volatile("st.global.cg.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x),
                "r"(x.y), "r"(x.z), "r"(x.w), "l"(kEvictLast)

@@ -22,4 +22,11 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// The larger one, NaN if either is.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+
 }  // namespace flashmla::ptx

@@ -7,8 +7,14 @@
 
 namespace flashmla::ptx {
 
-inline uint4 load_kept(const uint4* from) { return *from; }
-inline void store_kept(uint4* to, uint4 x) { *to = x; }
+template <typename Vector>
+Vector load_kept(const Vector* from) {
+  return *from;
+}
+template <typename Vector>
+void store_kept(Vector* to, Vector x) {
+  *to = x;
+}
 inline void discard_line(const void* line) { std::memset(const_cast<void*>(line), 0xff, 128); }
 
 }  // namespace flashmla::ptx

@@ -1,0 +1,121 @@
+"""Merging pieces in free mode, on the CPU, against fp64."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.emulators import build, needs_compiler
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+pytestmark = needs_compiler
+
+
+@dataclass
+class Pieces:
+    """Of a batch: per piece and row."""
+
+    counts: list[int]  # of each request, 0: it was not cut
+    rows: int
+    values: torch.Tensor  # [pieces, rows, 512] fp16
+    lse: torch.Tensor  # [pieces, rows] fp32, -inf where a row saw no token
+    scales: torch.Tensor  # [pieces, rows, 2] powers of two, of halves
+
+
+@dataclass
+class Grid:
+    blocks: int
+    per_sm: int = 1
+    descending: bool = False  # the order in which threads run
+
+
+Combine = Callable[[Pieces, Grid, torch.dtype], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
+    """LSE, then 512 values of the output, of every row: [B * rows, 513] fp64."""
+    program = build("combine", tmp_path_factory.mktemp("emulation"))
+
+    def run(pieces: Pieces, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+        head = [grid.blocks, grid.per_sm, pieces.rows, len(pieces.counts), int(grid.descending)]
+        head += [DTYPES.index(dtype), *pieces.counts]
+        data = torch.cat([pieces.lse.double()[..., None], pieces.scales.double(), pieces.values.double()], dim=-1)
+        lines = [" ".join(map(str, head))]
+        lines += [" ".join(f"{x:.17g}" for x in row) for row in data.flatten(0, -2).tolist()]
+        done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
+        return torch.tensor([[float(x) for x in line.split()] for line in done.stdout.splitlines()])
+
+    return run
+
+
+def make_pieces(counts: list[int], rows: int, seed: int) -> Pieces:
+    """Some rows of some pieces saw no token, and whatever their result is must not count; some of all pieces."""
+    source = torch.Generator().manual_seed(seed)
+    shape = (sum(counts), rows)
+    values = (torch.randn(*shape, 512, generator=source) * 2.0**13).half()
+    scales = 2.0 ** torch.randint(-16, -10, (*shape, 2), generator=source)
+    lse = torch.randn(shape, generator=source) * 3
+    blind = torch.rand(shape, generator=source) < 0.2
+    blind[:, 0] |= rows > 1
+    values[blind], lse[blind] = float("nan"), float("-inf")
+    return Pieces(counts, rows, values, lse, scales)
+
+
+def expected(pieces: Pieces) -> torch.Tensor:
+    found = torch.full((len(pieces.counts) * pieces.rows, 513), float("nan"), dtype=torch.float64)
+    values = pieces.values.double().unflatten(-1, (2, 256)) * pieces.scales.double()[..., None]
+    begin = 0
+    for request, count in enumerate(pieces.counts):
+        if count == 0:
+            continue
+        lse, own = pieces.lse[begin : begin + count].double(), values[begin : begin + count]
+        total = torch.logsumexp(lse, 0)
+        weight = torch.where(lse.isinf(), 0.0, torch.exp(lse - total))
+        out = (weight[..., None, None] * own.nan_to_num()).sum(0)
+        rows = slice(request * pieces.rows, (request + 1) * pieces.rows)
+        found[rows, 0], found[rows, 1:] = total, in_column_order(out).flatten(1)
+        begin += count
+    return found
+
+
+def in_column_order(values: torch.Tensor) -> torch.Tensor:
+    """[rows, 2, 256]: of 32 columns, which four vectors of eight hold, each has every fourth pair."""
+    return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
+
+
+def check(combine: Combine, pieces: Pieces, grid: Grid, dtype: torch.dtype) -> None:
+    ours, theirs = combine(pieces, grid, dtype).double(), expected(pieces)
+    assert torch.allclose(ours[:, 0], theirs[:, 0], rtol=1e-5, atol=1e-5, equal_nan=True)
+    bound = 2.0 ** (-8 if dtype == torch.bfloat16 else -10)
+    assert torch.allclose(ours[:, 1:], theirs[:, 1:], rtol=bound, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 16, 31, 33, 66, 132])
+@pytest.mark.parametrize("grid", [Grid(1), Grid(2, descending=True), Grid(3, 2)])
+def test_one_row(combine: Combine, count: int, grid: Grid, dtype: torch.dtype) -> None:
+    """The more pieces, the more warps share them."""
+    check(combine, make_pieces([count], rows=1, seed=count), grid, dtype)
+
+
+@pytest.mark.parametrize("counts", [[2], [9], [40], [2, 0, 33, 4], [17, 17, 17]])
+@pytest.mark.parametrize("rows", [3, 16, 33])
+@pytest.mark.parametrize("grid", [Grid(1), Grid(4, descending=True), Grid(9, 2)])
+def test_many_rows(combine: Combine, counts: list[int], rows: int, grid: Grid) -> None:
+    """With few thread blocks each warp has several, one after the other."""
+    check(combine, make_pieces(counts, rows, seed=rows), grid, DTYPES[rows % 2])
+
+
+def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
+    numbers = random.Random(2)
+    for seed in range(6):
+        counts = [numbers.choice([0, 0, 2, 3, 5, 8]) for _ in range(numbers.choice([3, 70]))]
+        grid = Grid(numbers.choice([1, 5]), numbers.choice([1, 2]))
+        check(combine, make_pieces(counts, numbers.choice([1, 5]), seed), grid, DTYPES[seed % 2])
