@@ -142,7 +142,7 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.tiles_per_page = Divisor(std::max(1, p.page_size / kTileTokens));
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
-  arguments.scale_log2 = p.softmax_scale * 1.4426950408889634f;
+  arguments.scale_log2 = p.softmax_scale * kLog2E;
   const auto launch_as = [&](auto invariant, auto ragged, auto thread_rows, auto cluster_size) {
     constexpr bool kInvariant = decltype(invariant)::value, kRagged = decltype(ragged)::value;
     constexpr int kThreadRows = decltype(thread_rows)::value;

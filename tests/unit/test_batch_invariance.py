@@ -16,6 +16,7 @@ from flashmla_backend.leaves import (
     MAX_LEAVES,
     MIN_LEAF_PAGES,
     MIN_SHARED_LEAF_PAGES,
+    ROOM_FLOATS,
     leaf_count,
     leaves_of,
     max_leaves,
@@ -149,6 +150,11 @@ def test_workspace_holds_the_rooms_of_every_thread_block(
     assert (plan.rooms.data_ptr() - plan.partial_out.data_ptr()) % workspace.ALIGNMENT == 0
     size = workspace.workspace_size(torch.device("cpu"), **shape)
     assert plan.partial_out.numel() + plan.rooms.numel() + plan.partial_lse.numel() == size
+
+
+@pytest.mark.parametrize("rows, sixteens", [(1, 2), (16, 2), (32, 2), (33, 3), (49, 4), (64, 4), (100, 4)])
+def test_few_rows_have_rooms_as_if_they_were_32(rows: int, sixteens: int) -> None:
+    assert room_floats(rows, 10, MAX_LEAVES) == 10 * 7 * sixteens * ROOM_FLOATS
 
 
 def test_flashinfer_has_no_such_mode(monkeypatch: pytest.MonkeyPatch) -> None:
