@@ -15,11 +15,12 @@ from flashmla_backend.bench.tables import markdown
 
 
 def steps(reports: Reports) -> str:
-    """Those of the model in which attention is much of the step, device by device; README has all of the first."""
-    return "\n".join(map(steps_on_device, reports.steps))
+    """Those of the model in which attention is much of the step, device by device, then of one with few heads; README
+    has all of the H100's."""
+    return "\n\n".join(map(steps_of_run, reports.steps))
 
 
-def steps_on_device(report: Report) -> str:
+def steps_of_run(report: Report) -> str:
     lines = []
     for row in report["rows"]:
         times: dict[str, Any] = {key: value for key, value in row.items() if isinstance(value, dict)}

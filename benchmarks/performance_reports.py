@@ -29,7 +29,7 @@ class Reports(NamedTuple):
     kernels_path: Path
     other_devices: list[Report]
     histories: dict[str, list[Report]]
-    steps: list[Report]  # by device
+    steps: list[Report]  # by model and device
     serve: Report
     offline: Report
     short_prefills: Report
@@ -55,7 +55,9 @@ def load(results: Path = RESULTS) -> Reports:
         kernels_path=kernels_path,
         other_devices=list(others.values()),
         histories=dict(history(results, *one) for one in {"h100": kernels, **others}.items()),
-        steps=[newest(results, f"steps-v3-attention-{device}")[1] for device in ("h100", "h200")],
+        steps=[
+            newest(results, f"steps-{run}")[1] for run in ("v3-attention-h100", "v3-attention-h200", "v2-lite-h200")
+        ],
         serve=newest(results, "serve-v2-lite-h200")[1],
         offline=newest(results, "offline-v2-lite-h200")[1],
         short_prefills=newest(results, "short-prefills-h200")[1],
