@@ -20,7 +20,7 @@ struct HalfRow {
     float out[kVectorColumns];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      const float2 pair = unpack_halves(words[i]);
       out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
     }
     return pack_vector<Element>(out, state.inverse());
@@ -47,8 +47,7 @@ struct Siblings {
     float out[kVectorColumns];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair =
-          weights.merge_root(x[i], __half22float2(reinterpret_cast<const __half2&>(y[i])));
+      const float2 pair = weights.merge_root(x[i], unpack_halves(y[i]));
       out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
     }
     return pack_vector<Element>(out, weights.state.inverse());

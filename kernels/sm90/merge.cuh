@@ -135,7 +135,7 @@ struct Merge {
     const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(pairs[i]));
+      const float2 pair = unpack_halves(pairs[i]);
       out[2 * i] = fmaf(weight, pair.x, out[2 * i]);
       out[2 * i + 1] = fmaf(weight, pair.y, out[2 * i + 1]);
     }

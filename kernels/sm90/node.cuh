@@ -50,7 +50,7 @@ struct Node {
     if constexpr (kThreadRows == 1) ptx::forget_registers(o);  // of rows that are not
 #pragma unroll
     for (int i = 0; i < 32 * kThreadRows; ++i) {
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      const float2 pair = unpack_halves(words[i]);
       o[accumulator_pair(i)] = pair.x, o[accumulator_pair(i) + 1] = pair.y;
     }
   }

@@ -92,7 +92,7 @@ struct SiblingWeights {
   }
   // The same of the root, the second sibling's unpacked.
   __device__ __forceinline__ float2 merge_root(uint32_t x, const float2& y) const {
-    const float2 unpacked = __half22float2(reinterpret_cast<const __half2&>(x));
+    const float2 unpacked = unpack_halves(x);
     return {__fmaf_rn(unpacked.x, first, __fmul_rn(y.x, second)),
             __fmaf_rn(unpacked.y, first, __fmul_rn(y.y, second))};
   }

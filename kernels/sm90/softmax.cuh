@@ -38,6 +38,10 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+__device__ __forceinline__ float2 unpack_halves(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
 // A row of O that is not normalised: exponents are relative to `anchor`, in log2 units, and `sum`
 // is theirs; 0 for a row that saw no token, whatever its O. A sum that is no number must show: it
 // is of the request's own tokens.
