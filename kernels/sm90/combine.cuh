@@ -31,13 +31,14 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int cut = requests.count(), rows = a.all_rows.divisor, units = kRowHalves * cut * rows;
   const int warps = gridDim.x * kCombineWarps;
-  // The pieces of half a row are shared among as many warps as there are, but of a cut request's,
-  // on average, each has as many as it asks for at once; it takes every group-th one.
+  // The pieces of half a row are shared among as many warps as there are, but no more than leave
+  // each, of a cut request's on average, over half of what it asks for at once; it takes every
+  // group-th one.
   const int group_log2 =
       min(kCombineWarpsLog2,
           min(log2_of_ratio(warps, units), log2_of_ratio(2 * splits - 1, kInFlight * cut)));
   const int group = 1 << group_log2;
-  // Where few rows are many warps' work it would take longer than it saves.
+  // Where half a row is many warps' work it would take longer than it saves.
   const bool discards = group <= 4;
   const int member = warp & (group - 1), per_round = gridDim.x * kCombineWarps >> group_log2;
   for (int base = 0; base < units; base += per_round) {

@@ -121,16 +121,15 @@ __device__ __forceinline__ int accumulator_row(int r) {
   return kThreadRows == 1 ? 4 * row + warp : 16 * warp + row + 8 * r;
 }
 
-// Where a row lies in a tile of 64, and which one lies there: from kTileRows on none.
+// Where a row lies in a tile of 64.
 template <int kThreadRows>
 __device__ __forceinline__ int place_of_row(int row) {
   return kThreadRows == 1 ? row % 4 * 16 + row / 4 : row;
 }
 
-template <int kThreadRows>
-__device__ __forceinline__ int row_at(int place) {
-  if (kThreadRows == 1) return place % 16 < 8 ? place % 16 * 4 + place / 16 : kTileRows;
-  return place;
+// Which of few rows lies at a place; kTileRows: none.
+__device__ __forceinline__ int few_rows_at(int place) {
+  return place % 16 < 8 ? place % 16 * 4 + place / 16 : kTileRows;
 }
 
 }  // namespace flashmla

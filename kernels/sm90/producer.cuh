@@ -213,10 +213,10 @@ __device__ __forceinline__ int first_with_pages(const DecodeArguments& a, int fi
 // or huge.
 template <int kThreadRows>
 __device__ __forceinline__ void zero_absent_rows(DecodeShared& shared, int rows) {
-  const int first = kThreadRows == 1 ? 0 : rows;  // place of one
+  const int first = kThreadRows == 1 ? 0 : rows;  // place that may be without a row
 #pragma unroll 1
   for (int i = threadIdx.x % 128; i < (kTileRows - first) * 8; i += 128) {
-    if (kThreadRows == 1 && row_at<kThreadRows>(i / 8) < rows) continue;
+    if (kThreadRows == 1 && few_rows_at(i / 8) < rows) continue;
 #pragma unroll
     for (int tile = 0; tile < kQueryTiles; ++tile)
       reinterpret_cast<uint4*>(shared.q[tile] + first * 128)[i] = uint4{};

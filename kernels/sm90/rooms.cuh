@@ -148,8 +148,8 @@ class Rooms {
   }
 
   int thread_;  // of the warpgroup
-  int warps_;   // that have rows
-  bool real_;   // whether this thread's do, or with two those of its warp
+  int warps_;   // that a room has places for
+  bool real_;   // whether this thread's row exists, or of two a thread any of its warp's
   int stride_;
   uint8_t* own_;
 };

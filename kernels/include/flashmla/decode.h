@@ -75,8 +75,8 @@ typedef struct flashmla_decode_params {
   void* stream;  // cudaStream_t
 } flashmla_decode_params;
 
-// One such room: results of the rows of one thread block, in sixteens: fp16 values, and 16 bytes of
-// states for every lane of the two warps that have halves of them.
+// One such room: results of the rows of one thread block, in sixteens: fp16 values, and for every
+// lane of the warps that hold halves of them 8 bytes of state for each row it has.
 enum { FLASHMLA_ROOM_FLOATS_OF_16_ROWS = 4352 };
 
 // Enqueues the decode and the combine kernel on the current device.

@@ -1,4 +1,4 @@
-// The machine's own approximations: one instruction each.
+// The machine's own operations, approximate but for max: one instruction each.
 #pragma once
 
 namespace flashmla::ptx {

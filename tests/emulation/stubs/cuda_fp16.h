@@ -46,7 +46,6 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
-inline float __expf(float x) { return std::exp(x); }
 
 template <typename To, typename From>
 To same_bits(From from) {
