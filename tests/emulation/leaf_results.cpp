@@ -208,16 +208,18 @@ void run(int pages, int rows, int max_leaves, int seed, bool descending) {
   std::printf("%d %d %d %g %g\n", count, other_bits, other_scales, error, lse_error);
 }
 
+template <int kThreadRows>
+auto runner(bool fp16) {
+  return fp16 ? run<__half, kThreadRows> : run<__nv_bfloat16, kThreadRows>;
+}
+
 }  // namespace
 
 int main() {
   int pages, rows, max_leaves, seed, descending, fp16;
   while (std::scanf("%d %d %d %d %d %d", &pages, &rows, &max_leaves, &seed, &descending, &fp16) ==
          6) {
-    const bool few = rows <= kFewRows;
-    const auto run_as = fp16  ? few ? run<__half, 1> : run<__half, 2>
-                        : few ? run<__nv_bfloat16, 1>
-                              : run<__nv_bfloat16, 2>;
+    const auto run_as = rows <= kFewRows ? runner<1>(fp16) : runner<2>(fp16);
     run_as(pages, rows, max_leaves, seed, descending);
   }
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from tests.combine_rows import combined, in_column_order
 from tests.emulators import build, needs_compiler
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -40,17 +40,13 @@ Combine = Callable[[Pieces, Grid, torch.dtype], torch.Tensor]
 
 @pytest.fixture(scope="module")
 def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
-    """LSE, then 512 values of the output, of every row: [B * rows, 513] fp64."""
     program = build("combine", tmp_path_factory.mktemp("emulation"))
 
     def run(pieces: Pieces, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
         head = [grid.blocks, grid.per_sm, pieces.rows, len(pieces.counts), int(grid.descending)]
         head += [DTYPES.index(dtype), *pieces.counts]
         data = torch.cat([pieces.lse.double()[..., None], pieces.scales.double(), pieces.values.double()], dim=-1)
-        lines = [" ".join(map(str, head))]
-        lines += [" ".join(f"{x:.17g}" for x in row) for row in data.flatten(0, -2).tolist()]
-        done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
-        return torch.tensor([[float(x) for x in line.split()] for line in done.stdout.splitlines()])
+        return combined(program, head, (" ".join(f"{x:.17g}" for x in row) for row in data.flatten(0, -2).tolist()))
 
     return run
 
@@ -85,13 +81,8 @@ def expected(pieces: Pieces) -> torch.Tensor:
     return found
 
 
-def in_column_order(values: torch.Tensor) -> torch.Tensor:
-    """[rows, 2, 256]: of 32 columns, which four vectors of eight hold, each has every fourth pair."""
-    return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
-
-
 def check(combine: Combine, pieces: Pieces, grid: Grid, dtype: torch.dtype) -> None:
-    ours, theirs = combine(pieces, grid, dtype).double(), expected(pieces)
+    ours, theirs = combine(pieces, grid, dtype), expected(pieces)
     assert torch.allclose(ours[:, 0], theirs[:, 0], rtol=1e-5, atol=1e-5, equal_nan=True)
     bound = 2.0 ** (-8 if dtype == torch.bfloat16 else -10)
     assert torch.allclose(ours[:, 1:], theirs[:, 1:], rtol=bound, atol=1e-5, equal_nan=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from tests.combine_rows import combined, in_column_order
 from tests.emulators import build, needs_compiler
 
 NO_TOKEN = -(1 << 30)  # exponent of a row that saw none
@@ -35,20 +35,16 @@ KERNELS = [torch.float16, torch.bfloat16, torch.bfloat16]  # the last with two t
 
 @pytest.fixture(scope="module")
 def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
-    """LSE, then 512 values of the output, of every row: [B * rows, 513] fp64."""
     program = build("combine_leaves", tmp_path_factory.mktemp("emulation"))
 
     def run(pieces: Pieces, blocks: int, descending: bool, kernel: int) -> torch.Tensor:
         head = [blocks, pieces.rows, len(pieces.counts), int(descending), kernel, *pieces.counts]
         states = torch.stack([pieces.sums.double(), pieces.exponents.double()], dim=-1)
         data = torch.cat([states, pieces.values.double()], dim=-1).flatten(0, -2).tolist()
-        lines = [" ".join(map(str, head))]
-        lines += [
+        lines = [
             f"{sum_:.17g} {int(exponent)} " + " ".join(f"{x:.17g}" for x in values) for sum_, exponent, *values in data
         ]
-        done = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True)
-        rows_out = [[float(x) for x in line.split()] for line in done.stdout.splitlines()]
-        return torch.tensor(rows_out, dtype=torch.float64)
+        return combined(program, head, lines)
 
     return run
 
@@ -102,11 +98,6 @@ def expected(pieces: Pieces, dtype: torch.dtype) -> torch.Tensor:
         found[own, 0] = torch.where(sums[:, 0] > 0, lse, float("-inf"))
         found[own, 1:] = in_column_order(out).flatten(1)
     return found
-
-
-def in_column_order(values: torch.Tensor) -> torch.Tensor:
-    """[rows, 2, 256]: of 32 columns, which four vectors of eight hold, each has every fourth pair."""
-    return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
 
 
 def check(combine: Combine, pieces: Pieces, blocks: int, kernel: int, descending: bool = False) -> None:
