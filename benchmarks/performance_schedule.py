@@ -37,11 +37,13 @@ def pieces(row: Row, report: Report) -> int:
 
 
 def drawing() -> str:
-    """Three proposals for one batch: a letter is a page of that request, a bar the fixed cost of a work item."""
-    no_cut, _, capped, *_ = candidate_caps(PAGES, PARTS)
+    """Four proposals for one batch: a letter is a page of that request, a bar the fixed cost of a work item."""
+    no_cut, _, three_a_part, mean, *_ = candidate_caps(
+        PAGES, PARTS
+    )  # with more requests than parts one a part cannot be
     proposals = {
         "no cut": deal(cut(PAGES, no_cut), PARTS, MODEL),
-        f"pieces of at most {capped} pages": deal(cut(PAGES, capped), PARTS, MODEL),
+        **{f"at most {cap} pages": deal(cut(PAGES, cap), PARTS, MODEL) for cap in (three_a_part, mean)},
         "level": level(PAGES, PARTS, MODEL),
     }
     columns = [

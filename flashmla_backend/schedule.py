@@ -10,12 +10,13 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
    item)`), and later rounds deal ever smaller pieces. Good for batches whose requests divide the parts evenly.
 2. **Level.** All requests are laid end to end and cut wherever a part's equal share of the cost ends: the loads of two
    parts differ by a page or two and an item. Good for ragged batches.
-3. **Choose.** "No cut", for m = 1 .. MAX_ROUNDS the smallest cap that yields at most m pieces per part, and level are
-   tried; the cost model picks the cheapest (busiest part, or reading all pages if that takes longer, + reduction),
-   the first of these on a tie.
+3. **Choose.** "No cut", for m = 1 .. ROUNDS the smallest cap that yields at most m pieces per part, caps of one,
+   one and a quarter and one and a half times a part's mean of pages, and level are tried; the cost model picks the
+   cheapest (busiest part, or reading all pages if that takes longer, + reduction), the first of these on a tie. The
+   caps by the mean cut only what would hold up the rest: good for short ragged batches, where partial results count.
 
 In batch-invariant mode pieces are subtrees of leaves (see `leaves`): a request is cut into a power of two of them, none
-smaller than a leaf, and there is no level.
+smaller than a leaf. There are no caps by the mean and no level, but MAX_ROUNDS rounds.
 
 Pieces are whole pages. Whether a short request is worth a second one, with its prologue and a reduction, is for the
 cost model to say.
@@ -34,7 +35,9 @@ from flashmla_backend.leaves import leaf_count, max_leaves
 
 TILE_TOKENS = 64
 TILE_ROWS = 64
-MAX_ROUNDS = 6
+MAX_ROUNDS = 6  # pieces of a part on average, where anything is cut
+ROUNDS = 3
+MEAN_QUARTERS = (4, 5, 6)  # caps by the mean
 
 
 class WorkItem(NamedTuple):
@@ -205,10 +208,10 @@ def cut(pages: Sequence[int], cap: int, most: int | None = None) -> list[Piece]:
 
 
 def candidate_caps(pages: Sequence[int], parts: int, most: int | None = None) -> list[int]:
-    """Caps to try, largest first: no cut, then the smallest cap that keeps to m pieces per part."""
+    """Caps to try: no cut; the smallest caps that keep to m pieces per part; caps by the mean."""
     longest = max([1, *pages])
-    caps = {longest}
-    for rounds in range(1, MAX_ROUNDS + 1):
+    caps = [longest]
+    for rounds in range(1, (ROUNDS if most is None else MAX_ROUNDS) + 1):
         if len(pages) > rounds * parts:
             continue
         low, high = 1, longest
@@ -218,8 +221,10 @@ def candidate_caps(pages: Sequence[int], parts: int, most: int | None = None) ->
                 high = middle
             else:
                 low = middle + 1
-        caps.add(low)
-    return sorted(caps, reverse=True)
+        caps.append(low)
+    if most is None and len(pages) + parts <= MAX_ROUNDS * parts:  # or there may be too many pieces
+        caps += [min(max(1, -(-sum(pages) * quarters // (4 * parts))), longest) for quarters in MEAN_QUARTERS]
+    return caps
 
 
 def deal(pieces: Sequence[Piece], parts: int, cost: CostModel) -> Hands:

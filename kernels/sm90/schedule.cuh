@@ -15,7 +15,9 @@ namespace flashmla::schedule {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLevel = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;  // ranks: no cut, m pieces a part, level
+// Ranks: no cut; up to kRounds so many pieces a part; up to six a cap of so many quarters of a
+// part's mean; level. In batch-invariant mode, which has neither of the last, up to six pieces.
+constexpr int kRounds = 3, kLevel = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;
 constexpr int kCandidates = kLevel + 1;
 constexpr int kMaxParts = FLASHMLA_SCHEDULE_MAX_PARTS;
 constexpr int kPageTokens = 64;
@@ -108,16 +110,19 @@ class Scheduler {
   __device__ Scheduler(const Arguments& a, const Workspace& w)
       : a_(a), w_(w), thread_(threadIdx.x), lane_(threadIdx.x % 32), warp_(threadIdx.x / 32) {}
 
-  // Works out the schedule of candidate `rank`: 0 does not cut, m allows m pieces per part, the
-  // last is level. Returns its predicted cost, kNoProposal if it cannot be. The lowest rank of
-  // equal cost is the specification's choice.
+  // Works out the schedule of candidate `rank`. Returns its predicted cost, kNoProposal if it
+  // cannot be. The lowest rank of equal cost is the specification's choice.
   __device__ int64_t propose(int rank) {
     level_ = rank == kLevel;
     if (level_) return propose_level();
+    const bool by_mean = rank > kRounds && a_.max_leaves == 0;
+    if (by_mean && !has_room_for_cuts()) return kNoProposal;
     const int limit = rank * a_.parts;
-    if (rank > 0 && a_.batch > limit) return kNoProposal;
+    if (!by_mean && rank > 0 && a_.batch > limit) return kNoProposal;
     const int longest = read_pages();
-    const int cap = rank == 0 ? longest : smallest_cap(limit, longest);
+    const int cap = by_mean     ? cap_by_mean(rank, longest)
+                    : rank == 0 ? longest
+                                : smallest_cap(limit, longest);
     cut(cap);
     // Subtrees have no more pages than the longest request, free pieces no more than the cap.
     const int most = a_.max_leaves == 0 ? cap : longest;
@@ -185,6 +190,19 @@ class Scheduler {
     return low;
   }
 
+  // A part's mean of pages times quarters / 4, rounded up.
+  __device__ int cap_by_mean(int quarters, int longest) {
+    int64_t pages = 0;
+    for (int i = thread_; i < a_.batch; i += kThreads) pages += w_.pages[i];
+    const int64_t parts = 4 * a_.parts, cap = (block_sum(pages) * quarters + parts - 1) / parts;
+    return cap < 1 ? 1 : cap < longest ? static_cast<int>(cap) : longest;
+  }
+
+  // For as many more pieces as there are parts.
+  __device__ bool has_room_for_cuts() const {
+    return a_.batch + a_.parts <= FLASHMLA_SCHEDULE_MAX_ROUNDS * a_.parts;
+  }
+
   __device__ void cut(int cap) {
     pieces_ = fill_offsets(w_.first_piece, a_.batch, [&](int request) {
       return piece_count(w_.pages[request], cap, a_.max_leaves);
@@ -202,7 +220,7 @@ class Scheduler {
   // All requests end to end on a line of cost, cut wherever a part's equal share ends.
   __device__ int64_t propose_level() {
     if (a_.max_leaves > 0) return kNoProposal;  // its pieces are no leaves
-    if (a_.batch + a_.parts > FLASHMLA_SCHEDULE_MAX_ROUNDS * a_.parts) return kNoProposal;
+    if (!has_room_for_cuts()) return kNoProposal;
     read_pages();
     const int64_t total = fill_starts(), share = (total + a_.parts - 1) / a_.parts;
     if (share < a_.cost.item + a_.cost.page) return kNoProposal;

@@ -14,6 +14,7 @@ from flashmla_backend import ops, sm90
 from flashmla_backend.leaves import leaf_count
 from flashmla_backend.schedule import (
     MAX_ROUNDS,
+    ROUNDS,
     CostModel,
     Piece,
     Schedule,
@@ -221,15 +222,48 @@ def test_known_cuts(item: int, page: int, pages: list[int], parts: int, cuts: li
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 12))
-@example([3] * MAX_ROUNDS, 1)
-def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: int) -> None:
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 12), st.sampled_from([None, 64, 128]))
+@example([3] * ROUNDS, 1, None)
+@example([3] * MAX_ROUNDS, 1, 128)
+def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: int, most: int | None) -> None:
     longest = max([*pages, 1])
-    caps = {longest}
-    for rounds in range(1, MAX_ROUNDS + 1):
-        fitting = [cap for cap in range(1, longest + 1) if len(cut(pages, cap)) <= rounds * parts]
-        caps.update(fitting[:1])
-    assert candidate_caps(pages, parts) == sorted(caps, reverse=True)
+    caps = [longest]
+    for rounds in range(1, (ROUNDS if most is None else MAX_ROUNDS) + 1):
+        caps += [cap for cap in range(1, longest + 1) if len(cut(pages, cap, most)) <= rounds * parts][:1]
+    assert candidate_caps(pages, parts, most)[: len(caps)] == caps
+
+
+@pytest.mark.parametrize(
+    "pages, parts, caps",
+    [
+        ([8, 40, 16], 4, [16, 20, 24]),  # a mean of 16
+        ([9, 40, 16], 4, [17, 21, 25]),  # one page more
+        ([16, 16], 4, [8, 10, 12]),
+        ([10], 1, [10, 10, 10]),  # never more than the longest
+        ([0, 0], 3, [1, 1, 1]),
+        ([1] * 10, 2, [1, 1, 1]),
+        ([1] * 11, 2, []),  # no room for two cuts more
+    ],
+)
+def test_caps_by_the_mean(pages: list[int], parts: int, caps: list[int]) -> None:
+    rounds = sum(len(pages) <= m * parts for m in range(1, ROUNDS + 1))
+    assert candidate_caps(pages, parts)[1 + rounds :] == caps
+    assert len(candidate_caps(pages, parts, most=128)) == 1 + sum(
+        len(pages) <= m * parts for m in range(1, MAX_ROUNDS + 1)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 12))
+def test_caps_by_the_mean_leave_room(pages: list[int], parts: int) -> None:
+    for cap in candidate_caps(pages, parts)[1:]:
+        assert len(cut(pages, cap)) <= max_items(len(pages), parts)
+
+
+def test_a_short_ragged_batch_has_few_cuts() -> None:
+    """One request of five holds up the rest: it alone is cut, not one at every boundary between parts."""
+    schedule = make_schedule([64 * 16] * 12 + [64 * 32] * 4, row_tiles=1, num_sms=20, rows=64)
+    assert schedule.split_offsets[-1] == 8
 
 
 @pytest.mark.parametrize("most", [1, 64, 128])
