@@ -27,16 +27,12 @@ __device__ __forceinline__ void report_fault(flashmla_fault_box* box, const flas
   atomicExch(lock, 0ull);
 }
 
-__device__ __forceinline__ int tiles_of(int tokens) {
-  return tokens > 0 ? (tokens - 1) / kTileTokens + 1 : 0;
-}
-
 // Tokens of a request; none where they are not those that were planned, so that nothing is read
 // which the plan does not know.
 __device__ __forceinline__ int request_length(const DecodeArguments& a, int request) {
   const int length = __ldg(a.seq_lens + request);
   if (a.planned_lens == nullptr) return length;
-  return tiles_of(length) == tiles_of(__ldg(a.planned_lens + request)) ? length : 0;
+  return pages_of(length) == pages_of(__ldg(a.planned_lens + request)) ? length : 0;
 }
 
 // Whether two lengths take the same pages of less than 64 tokens, or the same tiles; 0 tokens are

@@ -18,8 +18,9 @@ constexpr int kTileLog2 = 6;
 constexpr int kTileTokens = 1 << kTileLog2;  // KV tokens of a page as the schedule counts them
 constexpr int kTiles = kWidth / 64;
 
+// None of a length that is negative.
 __device__ __forceinline__ int pages_of(int tokens) {
-  return (tokens + kTileTokens - 1) / kTileTokens;
+  return ((max(tokens, 0) - 1) >> kTileLog2) + 1;
 }
 
 // Beside a row of a partial result, the fp16 values of which are to be multiplied by the scale of

@@ -47,7 +47,10 @@ struct Node {
 
   // Its values as the accumulator had them, in its unit.
   __device__ __forceinline__ void unpack(float (&o)[128]) const {
-    if constexpr (kThreadRows == 1) ptx::forget_registers(o);  // or second rows would keep theirs
+    if constexpr (kThreadRows == 1) {  // or second rows would keep theirs
+#pragma unroll
+      for (int i = 0; i < 64; ++i) ptx::forget_register(o[accumulator_pair(32 + i / 2) + i % 2]);
+    }
 #pragma unroll
     for (int i = 0; i < 32 * kThreadRows; ++i) {
       const float2 pair = unpack_halves(words[i]);

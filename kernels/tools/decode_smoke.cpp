@@ -325,6 +325,7 @@ int main() {
   for (int parts : {1, 2, 8}) right &= Case(cut, device_schedule(parts)).invariant_decode();
   right &= Case(row_tiles, device_schedule(4)).invariant_decode();
   right &= Case(kv_heads, device_schedule(4)).invariant_decode();
+  right &= Case(small_pages, device_schedule(3)).invariant_decode();
   right &= Case(ragged, device_schedule(8)).decode();
   right &= Case(ragged_row_tiles, device_schedule(4)).decode();
   right &= Case(ragged_small_pages, device_schedule(3)).decode();

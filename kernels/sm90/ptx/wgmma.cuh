@@ -54,10 +54,14 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
 
 // Accumulators that nobody reads any more. A product that replaces them names them as inputs all
 // the same: without a value here they would keep their registers until then.
+__device__ __forceinline__ void forget_register(float& value) {
+  asm volatile("mov.b32 %0, 0;" : "=f"(value));
+}
+
 template <int kCount>
 __device__ __forceinline__ void forget_registers(float (&values)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("mov.b32 %0, 0;" : "=f"(values[i]));
+  for (int i = 0; i < kCount; ++i) forget_register(values[i]);
 }
 
 // Keeps the compiler from working out a value again where it is used.
