@@ -166,7 +166,7 @@ __device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
 
 template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
-                                         int row_begin, int kv_head, int first, int last) {
+                                         int row_begin, int kv_head, const PartItems& items) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kLeftStages> ring;
   Ring<kRightStages> right_ring;
@@ -175,13 +175,15 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   float scores[32];
   uint32_t p[4][4];
   QueryRegisters q_registers;
-  const auto load_next_query = [&](int i) {
-    if (i < last)
-      load_query_registers<kRagged, kThreadRows>(a, Item(__ldg(a.items + i)).request, kv_head,
-                                                 row_begin, q_registers);
+  const int last = items.last;
+  const auto load_query = [&](int request) {
+    load_query_registers<kRagged, kThreadRows>(a, request, kv_head, row_begin, q_registers);
   };
-  load_next_query(first);
-  for (int i = first; i < last; ++i) {
+  const auto load_next_query = [&](int i) {
+    if (i < last) load_query(Item(__ldg(a.items + i)).request);
+  };
+  if (items.first < last) load_query(items.item(a, items.first).request);
+  for (int i = items.first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) {
       store_empty<Element, kRagged>(a, item, kv_head, row_begin);
@@ -328,14 +330,15 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
 
 template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared& shared,
-                                          int row_begin, int kv_head, int first, int last) {
+                                          int row_begin, int kv_head, const PartItems& items) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
-  load_first_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, first, last);
+  load_first_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, items);
+  const int last = items.last;
   float o[128];
   uint32_t p[4][4];
-  for (int i = first; i < last; ++i) {
+  for (int i = items.first; i < last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) {
       store_empty<Element, kRagged>(a, item, kv_head, row_begin);
@@ -421,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // An offset, not a rounded pointer: the compiler must see that this is shared memory.
   const uint32_t padding = -ptx::smem_address(raw_shared) & 1023;
   auto& shared = *reinterpret_cast<DecodeShared*>(raw_shared + padding);
-  const int row_begin = blockIdx.x * kTileRows, kv_head = blockIdx.y, part = blockIdx.z;
+  const int row_begin = blockIdx.x * kTileRows, kv_head = blockIdx.y;
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
@@ -447,31 +450,37 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     __syncthreads();
   }
-  ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
 
+  // Each role waits for the kernel before where its own code begins: that is fetched meanwhile.
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     ptx::register_decrease<kProducerRegisters>();
-    const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
+    ptx::wait_for_previous_kernel();
+    // After that: the next kernel reads what this one has waited for before it waits itself.
+    ptx::let_next_kernel_start();
+    const PartItems items(a);
     if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
-      stream_pages<false, kRagged, kClusterSize>(a, shared, kv_head, first, last);
+      stream_pages<false, kRagged, kClusterSize>(a, shared, kv_head, items);
     } else if (threadIdx.x < 64) {
-      stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, first, last);
+      stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, items);
     } else {
-      stream_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, first, last);
-      if (threadIdx.x < 96 && blockIdx.x + kv_head == 0) report_stale_plan(a, first, last);
+      stream_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, items);
+      if (threadIdx.x < 96 && blockIdx.x + kv_head == 0)
+        report_stale_plan(a, items.first, items.last);
     }
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
-    const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
+    ptx::wait_for_previous_kernel();
+    const PartItems items(a);
     run_left<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin, kv_head,
-                                                                      first, last);
+                                                                      items);
   } else {
     ptx::register_increase<kRightRegisters>();
-    const int first = __ldg(a.part_offsets + part), last = __ldg(a.part_offsets + part + 1);
+    zero_absent_rows<kThreadRows>(shared, a.rows - row_begin);
+    ptx::wait_for_previous_kernel();
+    const PartItems items(a);
     run_right<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin,
-                                                                       kv_head, first, last);
+                                                                       kv_head, items);
   }
 }
 

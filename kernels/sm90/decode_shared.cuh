@@ -98,6 +98,22 @@ struct Item {
   __device__ __forceinline__ int pages() const { return page_end - page_begin; }
 };
 
+// Items first .. last - 1 of a thread block's part. In short batches the first one is mostly that
+// of the part's own number: it is asked for at once, not when its place is known.
+struct PartItems {
+  int4 likely;
+  int first, last;
+
+  __device__ __forceinline__ explicit PartItems(const DecodeArguments& a)
+      : likely(__ldg(a.items + blockIdx.z)),
+        first(__ldg(a.part_offsets + blockIdx.z)),
+        last(__ldg(a.part_offsets + blockIdx.z + 1)) {}
+
+  __device__ __forceinline__ Item item(const DecodeArguments& a, int i) const {
+    return Item(i == static_cast<int>(blockIdx.z) ? likely : __ldg(a.items + i));
+  }
+};
+
 // Row `row` of this KV head in one part of Q.
 template <bool kRagged>
 __device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a,

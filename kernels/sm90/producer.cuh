@@ -32,13 +32,10 @@ constexpr int kNoPage = -1;
 // together. A box past the request's last page is of kNoPage.
 template <bool kSmallPages, typename Load>
 __device__ __forceinline__ void for_each_tile(const DecodeArguments& a, Box<kSmallPages> box,
-                                              int first, int last, Load load) {
-  // In short batches mostly the part's first item: asked for at once, not when that is known.
-  const int part = blockIdx.z;
-  const int4 likely = __ldg(a.items + part);
+                                              const PartItems& items, Load load) {
   const int lookup_tiles = 32 >> box.count_log2;  // whose pages a warp looks up at once
-  for (int i = first; i < last; ++i) {
-    const Item item(i == part ? likely : __ldg(a.items + i));
+  for (int i = items.first; i < items.last; ++i) {
+    const Item item = items.item(a, i);
     const int32_t* table = a.block_table + item.request * a.block_table_stride;
     int end = item.page_end << box.count_log2;
     if (kSmallPages) end = min(end, request_boxes(a, item.request));
@@ -62,8 +59,9 @@ __device__ __forceinline__ void for_each_tile(const DecodeArguments& a, Box<kSma
 // Whether a part's second page waits until Q is there: the first S needs Q and one page, so these
 // go first. Not with a single page, since Q of the next item may be there by then, and a barrier
 // two phases ahead looks like one that never completed.
-__device__ __forceinline__ bool waits_for_queries(const DecodeArguments& a, int first, int last) {
-  return first < last && Item(__ldg(a.items + first)).pages() > 1;
+__device__ __forceinline__ bool waits_for_queries(const DecodeArguments& a,
+                                                  const PartItems& items) {
+  return items.first < items.last && items.item(a, items.first).pages() > 1;
 }
 
 // A box of a tile, for all blocks of the cluster. To be evicted first, a page would be gone before
@@ -104,12 +102,12 @@ __device__ __forceinline__ void wait_until_empty(Ring<kStages> ring,
 
 template <bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
-                                            int kv_head, int first, int last) {
+                                            int kv_head, const PartItems& items) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
   const Box<kSmallPages> box(a);
   Ring<kLeftStages> ring;
-  bool hold = waits_for_queries(a, first, last);
-  for_each_tile(a, box, first, last, [&](int page, int row) {
+  bool hold = waits_for_queries(a, items);
+  for_each_tile(a, box, items, [&](int page, int row) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
     wait_until_loaded(ring.previous(), shared.left_full);
@@ -144,12 +142,12 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
 
 template <bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
-                                             int kv_head, int first, int last) {
+                                             int kv_head, const PartItems& items) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
   const Box<kSmallPages> box(a);
   Ring<kRightStages> ring;
-  bool hold = waits_for_queries(a, first, last);
-  for_each_tile(a, box, first, last, [&](int page, int row) {
+  bool hold = waits_for_queries(a, items);
+  for_each_tile(a, box, items, [&](int page, int row) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
     wait_until_loaded(ring.previous(), shared.right_full);
@@ -170,11 +168,11 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
 // Warp 0 the left halves and rope columns, warp 1 the right halves.
 template <bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
-                                             int kv_head, int first, int last) {
+                                             int kv_head, const PartItems& items) {
   if (threadIdx.x < 32) {
-    stream_left<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, first, last);
+    stream_left<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
   } else {
-    stream_right<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, first, last);
+    stream_right<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
   }
 }
 
@@ -203,44 +201,44 @@ __device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeSha
   ptx::mbarrier_arrive<kQueryArrivals / kThreads>(&shared.q_full);
 }
 
-// Of the items that have pages the first, or `last`.
-__device__ __forceinline__ int first_with_pages(const DecodeArguments& a, int first, int last) {
-  while (first < last && Item(__ldg(a.items + first)).pages() == 0) ++first;
-  return first;
+// Of the items that have pages the first, or the end.
+__device__ __forceinline__ int first_with_pages(const DecodeArguments& a, const PartItems& items) {
+  int i = items.first;
+  while (i < items.last && items.item(a, i).pages() == 0) ++i;
+  return i;
 }
 
 // By a warpgroup. Rows that do not exist are zero for good: what lies in shared memory could be NaN
 // or huge.
 template <int kThreadRows>
 __device__ __forceinline__ void zero_absent_rows(DecodeShared& shared, int rows) {
-  const int first = kThreadRows == 1 ? 0 : rows;  // place that may be without a row
 #pragma unroll 1
-  for (int i = threadIdx.x % 128; i < (kTileRows - first) * 8; i += 128) {
-    if (kThreadRows == 1 && few_rows_at(i / 8) < rows) continue;
+  for (int i = threadIdx.x % 128; i < kTileRows * 8; i += 128) {
+    const int row = kThreadRows == 1 ? few_rows_at(i / 8) : i / 8;
+    if (row < rows) continue;
 #pragma unroll
     for (int tile = 0; tile < kQueryTiles; ++tile)
-      reinterpret_cast<uint4*>(shared.q[tile] + first * 128)[i] = uint4{};
+      reinterpret_cast<uint4*>(shared.q[tile])[i] = uint4{};
   }
 }
 
 // By a warpgroup. The first item's queries are waited for, so that two warps would be few.
 template <bool kRagged, int kThreadRows>
 __device__ __forceinline__ void load_first_queries(const DecodeArguments& a, DecodeShared& shared,
-                                                   int row_begin, int kv_head, int first,
-                                                   int last) {
-  first = first_with_pages(a, first, last);
-  if (first == last) return;
-  zero_absent_rows<kThreadRows>(shared, a.rows - row_begin);
+                                                   int row_begin, int kv_head,
+                                                   const PartItems& items) {
+  const int first = first_with_pages(a, items);
+  if (first == items.last) return;
   load_queries<kRagged, kThreadRows, 128>(a, shared, row_begin, kv_head,
-                                          Item(__ldg(a.items + first)).request, threadIdx.x % 128);
+                                          items.item(a, first).request, threadIdx.x % 128);
 }
 
 // By two warps: those of all further items.
 template <bool kRagged, int kThreadRows>
 __device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
-                                               int row_begin, int kv_head, int first, int last) {
+                                               int row_begin, int kv_head, const PartItems& items) {
   uint32_t parity = 0;
-  for (int i = first_with_pages(a, first, last) + 1; i < last; ++i) {
+  for (int i = first_with_pages(a, items) + 1; i < items.last; ++i) {
     const Item item(__ldg(a.items + i));
     if (item.pages() == 0) continue;
     ptx::mbarrier_wait(&shared.q_empty, parity);
