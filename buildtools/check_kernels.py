@@ -51,6 +51,7 @@ class Rule:
 RULES = {
     "decode_kernel": Rule(required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE", "ACQBULK")),
     "combine_kernel": Rule(required=("ACQBULK",)),
+    "combine_leaves_kernel": Rule(required=("ACQBULK",)),
     "check_bounds_kernel": Rule(required=("ACQBULK",)),
     "empty_stale_kernel": Rule(required=("ACQBULK",)),
 }

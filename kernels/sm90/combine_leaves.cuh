@@ -8,183 +8,226 @@
 
 namespace flashmla {
 
-// Half a row of a node; a lane holds one vector of it.
-struct HalfRow {
+// A slice of a row of a node; a lane holds one vector of it, all lanes the state.
+template <int kWords>
+struct SliceNode {
   NodeState state;
-  uint4 values;
+  uint32_t words[kWords];
 
   // The output's values, if this is the root.
   template <typename Element>
-  __device__ __forceinline__ uint4 output() const {
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-    float out[kVectorColumns];
+  __device__ __forceinline__ void get_output(uint32_t (&pairs)[kWords]) const {
+    const float inverse = state.inverse();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       const float2 pair = unpack_halves(words[i]);
-      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+      pairs[i] = pack<Element>(pair.x * inverse, pair.y * inverse);
     }
-    return pack_vector<Element>(out, state.inverse());
   }
 };
 
+// What a node was made of last.
+template <int kWords>
 struct Siblings {
-  HalfRow first, second;
+  SiblingWeights weights;
+  uint32_t first[kWords], second[kWords];
 
-  // The node above them.
-  __device__ __forceinline__ HalfRow merge() const {
-    const SiblingWeights weights(first.state, second.state);
-    const uint4 &x = first.values, &y = second.values;
-    return {weights.state, make_uint4(weights.merge(x.x, y.x), weights.merge(x.y, y.y),
-                                      weights.merge(x.z, y.z), weights.merge(x.w, y.w))};
+  __device__ __forceinline__ SliceNode<kWords> merge() const {
+    SliceNode<kWords> node{weights.state, {}};
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) node.words[i] = weights.merge(first[i], second[i]);
+    return node;
   }
 
   // The output's values, if that is the root, unrounded.
   template <typename Element>
-  __device__ __forceinline__ uint4 unrounded_output() const {
-    const SiblingWeights weights(first.state, second.state);
-    const uint32_t x[4] = {first.values.x, first.values.y, first.values.z, first.values.w};
-    const uint32_t y[4] = {second.values.x, second.values.y, second.values.z, second.values.w};
-    float out[kVectorColumns];
+  __device__ __forceinline__ void get_unrounded_output(uint32_t (&pairs)[kWords]) const {
+    const float inverse = weights.state.inverse();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = weights.merge_root(x[i], unpack_halves(y[i]));
-      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    for (int i = 0; i < kWords; ++i) {
+      const float2 pair = weights.merge_root(first[i], unpack_halves(second[i]));
+      pairs[i] = pack<Element>(pair.x * inverse, pair.y * inverse);
     }
-    return pack_vector<Element>(out, weights.state.inverse());
   }
 };
 
 // A node in shared memory: it waits for its sibling, or is for another warp.
-struct SharedHalfRow {
-  uint4 values[32];
+template <int kWords>
+struct SharedNode {
+  Vector<kWords> values[32];
   NodeState state;
 
-  __device__ __forceinline__ void put(const HalfRow& node) {
+  __device__ __forceinline__ void put(const SliceNode<kWords>& node) {
     const int lane = threadIdx.x % 32;
-    values[lane] = node.values;
+    put_words<kWords>(node.words, values[lane]);
     if (lane == 0) state = node.state;
   }
-  __device__ __forceinline__ HalfRow get() const { return {state, values[threadIdx.x % 32]}; }
-};
-
-// The pieces of half a row, `stride` rows apart. A lane has vectors of 2^kInFlightLog2 on their
-// way.
-template <int kInFlightLog2>
-struct Pieces {
-  static constexpr int kInFlight = 1 << kInFlightLog2;
-  static constexpr int kLevels = 7 - kInFlightLog2;  // of the tree above so many of them
-  static_assert(kInFlight << kLevels == FLASHMLA_MAX_LEAVES);
-
-  const uint4* out;
-  const NodeState* states;
-  int64_t stride;
-
-  __device__ __forceinline__ HalfRow load(int i) const {
-    const uint2 state = __ldcs(reinterpret_cast<const uint2*>(states + i * stride * kRowHalves));
-    return {{__uint_as_float(state.x), static_cast<int>(state.y)},
-            __ldcs(out + i * stride * (kLatent / kVectorColumns))};
-  }
-
-  // The node above `count` neighbours from `first` on, a power of two, and of which two it is made.
-  // `waiting` is the warp's own; few have so many pieces that they need it.
-  __device__ __forceinline__ HalfRow node_above(int first, int count, Siblings* made_of,
-                                                SharedHalfRow (&waiting)[kLevels]) const {
-    HalfRow node;
-#pragma unroll 1
-    for (int batch = 0;; ++batch) {
-      HalfRow nodes[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (i < count) nodes[i] = load(first + batch * kInFlight + i);
-      }
-#pragma unroll
-      for (int step = 1; step < kInFlight; step *= 2) {
-#pragma unroll
-        for (int i = 0; i + step < kInFlight; i += 2 * step) {
-          if (i + step >= count) continue;
-          const Siblings siblings{nodes[i], nodes[i + step]};
-          if (i == 0) *made_of = siblings;
-          nodes[i] = siblings.merge();
-        }
-      }
-      node = nodes[0];
-      // As in a thread block.
-      const bool last = (batch + 1) * kInFlight >= count;
-#pragma unroll 1
-      for (uint32_t levels = merged_subtrees(batch, last); levels != 0; levels &= levels - 1) {
-        *made_of = {waiting[__ffs(levels) - 1].get(), node};
-        node = made_of->merge();
-      }
-      if (last) break;
-      __syncwarp();  // all lanes have read what this replaces
-      waiting[waiting_subtree(batch)].put(node);
-      __syncwarp();
-    }
+  __device__ __forceinline__ SliceNode<kWords> get() const {
+    SliceNode<kWords> node{state, {}};
+    get_words<kWords>(values[threadIdx.x % 32], node.words);
     return node;
   }
 };
 
-template <typename Element, int kBlocksPerSm>
+// Merges neighbours, a power of two, by one warp that has 2^kInFlightLog2 of them on their way.
+template <int kWords, int kInFlightLog2>
+class Tree {
+ public:
+  static constexpr int kInFlight = 1 << kInFlightLog2;
+  static constexpr int kLevels = 7 - kInFlightLog2;  // above so many nodes
+  static_assert(kInFlight << kLevels == FLASHMLA_MAX_LEAVES);
+  using Waiting = SharedNode<kWords>[kLevels];
+
+  // `waiting`: the warp's own. Few trees need it.
+  __device__ __forceinline__ explicit Tree(Waiting& waiting) : waiting_(waiting) {}
+
+  // The root above `count` nodes, and of which two it is made if they are more than one.
+  // load(vectors, begin) gets the vectors of nodes `begin` and further, as far as they exist; and
+  // returns for each lane the state of node begin + lane.
+  template <typename Load>
+  __device__ __forceinline__ SliceNode<kWords> merge(int count, Siblings<kWords>& made_of,
+                                                     const Load& load) {
+#pragma unroll 1
+    for (int batch = 0;; ++batch) {
+      SliceNode<kWords> node = merge_batch(batch * kInFlight, count, made_of, load);
+      // As in a thread block.
+      const bool last = (batch + 1) * kInFlight >= count;
+#pragma unroll 1
+      for (uint32_t levels = merged_subtrees(batch, last); levels != 0; levels &= levels - 1) {
+        const SliceNode<kWords> sibling = waiting_[__ffs(levels) - 1].get();
+        made_of.weights = {sibling.state, node.state};
+#pragma unroll
+        for (int i = 0; i < kWords; ++i)
+          made_of.first[i] = sibling.words[i], made_of.second[i] = node.words[i];
+        node = made_of.merge();
+      }
+      if (last) return node;
+      __syncwarp();  // all lanes have read what this replaces
+      waiting_[waiting_subtree(batch)].put(node);
+      __syncwarp();
+    }
+  }
+
+ private:
+  // Each lane weighs two siblings, for all.
+  template <typename Load>
+  __device__ __forceinline__ static SliceNode<kWords> merge_batch(int begin, int count,
+                                                                  Siblings<kWords>& made_of,
+                                                                  const Load& load) {
+    Vector<kWords> vectors[kInFlight];
+    NodeState state = load(vectors, begin);
+    SiblingWeights weights{};
+    uint32_t nodes[kInFlight][kWords];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) get_words<kWords>(vectors[i], nodes[i]);
+#pragma unroll
+    for (int step = 1; step < kInFlight; step *= 2) {
+      if (step >= count) break;
+      const NodeState sibling{__shfl_down_sync(~0u, state.sum, step),
+                              __shfl_down_sync(~0u, state.exponent, step)};
+      weights = {state, sibling};
+      state = weights.state;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j)
+        made_of.first[j] = nodes[0][j], made_of.second[j] = nodes[step][j];
+      const uint32_t packed = pack<__half>(weights.first, weights.second);
+#pragma unroll
+      for (int i = 0; i < kInFlight; i += 2 * step) {
+        const uint32_t own = __shfl_sync(~0u, packed, i);
+        const __half2 first = __low2half2(reinterpret_cast<const __half2&>(own));
+        const __half2 second = __high2half2(reinterpret_cast<const __half2&>(own));
+#pragma unroll
+        for (int j = 0; j < kWords; ++j)
+          nodes[i][j] = SiblingWeights::merge(nodes[i][j], nodes[i + step][j], first, second);
+      }
+    }
+    SliceNode<kWords> node;
+    node.state = {__shfl_sync(~0u, state.sum, 0), __shfl_sync(~0u, state.exponent, 0)};
+    made_of.weights.first = __shfl_sync(~0u, weights.first, 0);
+    made_of.weights.second = __shfl_sync(~0u, weights.second, 0);
+    made_of.weights.state = node.state;
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) node.words[j] = nodes[0][j];
+    return node;
+  }
+
+  Waiting& waiting_;
+};
+
+template <typename Element, int kWords, int kBlocksPerSm>
 __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
-  using Pieces = flashmla::Pieces<kBlocksPerSm == 1 ? 3 : 1>;
-  __shared__ SharedHalfRow shared[kCombineWarps], waiting[kCombineWarps][Pieces::kLevels];
+  using Slices = flashmla::Slices<kWords>;
+  using Tree = flashmla::Tree < kWords, kWords<4 ? 4 : kBlocksPerSm == 1 ? 3 : 1>;
+  constexpr bool kDiscards = kWords > 1;  // of few rows it would take longer than it saves
+  __shared__ SharedNode<kWords> shared[kCombineWarps], waiting[kCombineWarps][Tree::kLevels];
   ptx::let_next_kernel_start();
-  ptx::wait_for_previous_kernel();
+  // What the decode kernel had waited for before it let this one start need not be waited for
+  // again.
   CutRequests requests(a);
   const int splits = __ldg(a.split_offsets + a.batch);
-  if (splits == 0) return;
+  if (splits == 0) return ptx::wait_for_previous_kernel();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int cut = requests.count(), rows = a.all_rows.divisor, units = kRowHalves * cut * rows;
-  // The pieces of half a row are shared among as many warps as there are, a power of two, each of
-  // which has a subtree; but among no more than a cut request has pieces on average.
+  const int cut = requests.count(), rows = a.all_rows.divisor, units = Slices::kCount * cut * rows;
+  // The pieces of a slice are shared among as many warps as there are, a power of two, each of
+  // which has a subtree; but no more than leave each, of a cut request's on average, over half of
+  // what it asks for at once.
   const int warps = gridDim.x * kCombineWarps;
   const int group_log2 =
-      min(kCombineWarpsLog2, min(log2_of_ratio(warps, units), log2_of_ratio(splits, cut)));
+      min(kCombineWarpsLog2,
+          min(log2_of_ratio(warps, units), log2_of_ratio(2 * splits - 1, Tree::kInFlight * cut)));
   const int group = 1 << group_log2;
-  const bool discards = group <= 4;  // where few rows are many warps' work it takes too long
   const int member = warp & (group - 1), per_round = gridDim.x * kCombineWarps >> group_log2;
+  Tree tree(waiting[warp]);
   for (int base = 0; base < units; base += per_round) {
     const int unit = base + (warp >> group_log2) * gridDim.x + blockIdx.x;
     const bool real = unit < units;
-    const int half = unit % kRowHalves, row = a.all_rows.remainder(unit / kRowHalves);
+    const int slice = unit % Slices::kCount, row = a.all_rows.remainder(unit / Slices::kCount);
     CutRequest request{};
-    int active = 0;  // members with a subtree of the request
-    HalfRow node;
-    Siblings made_of;
-    if (real) {
-      request = requests(a.all_rows.divide(unit / kRowHalves));
-      active = min(group, request.count);
-      const int64_t source = static_cast<int64_t>(request.first) * rows + row;
-      const Pieces pieces{reinterpret_cast<const uint4*>(a.partial_out) +
-                              source * (kLatent / kVectorColumns) + 32 * half + lane,
-                          piece_state(a, source, half), rows};
+    if (real) request = requests(a.all_rows.divide(unit / Slices::kCount));
+    const int active = min(group, request.count);  // members with a subtree of the request
+    ptx::wait_for_previous_kernel();
+    SliceNode<kWords> node;
+    Siblings<kWords> made_of;
+    if (member < active) {
       const int count = request.count / active;
-      if (member < active) {
-        node = pieces.node_above(member * count, count, &made_of, waiting[warp]);
-        if (discards) discard_half_rows(pieces.out, member * count, count, pieces.stride);
-      }
+      const int64_t first = static_cast<int64_t>(request.first + member * count) * rows + row;
+      const Slices slices(a, first, rows, slice);
+      const NodeState* const states = piece_state(a, first, Slices::half_of(slice));
+      node = tree.merge(count, made_of, [&](Vector<kWords>(&x)[Tree::kInFlight], int begin) {
+        uint2 state{};
+        if (begin + lane < count)
+          state = __ldcs(
+              reinterpret_cast<const uint2*>(states + int64_t{begin + lane} * rows * kRowHalves));
+        slices.load(x, begin, count);
+        return NodeState{__uint_as_float(state.x), static_cast<int>(state.y)};
+      });
+      if (kDiscards) slices.discard(0, count);
+      if (group > 1) shared[warp].put(node);
     }
-    for (int step = 1; step < group; step *= 2) {  // neighbours, then pairs of them
-      if (member % (2 * step) == step) {
-        shared[warp].put(node);
-      }
+    if (group > 1) {  // once: where warps share there are enough for all
       __syncthreads();
-      if (member % (2 * step) != 0 || member + step >= active) continue;
-      made_of = {node, shared[warp + step].get()};
-      node = made_of.merge();
+      if (member > 0) return;
+      const SharedNode<kWords>* const nodes = shared + warp;
+      node = tree.merge(active, made_of, [&](Vector<kWords>(&x)[Tree::kInFlight], int begin) {
+#pragma unroll
+        for (int i = 0; i < Tree::kInFlight; ++i)
+          x[i] = begin + i < active ? nodes[begin + i].values[lane] : Vector<kWords>{};
+        return begin + lane < active ? nodes[begin + lane].state : NodeState{};
+      });
     }
-    if (real && member == 0) {
-      const uint4 out = kUnroundedRoot<Element> ? made_of.template unrounded_output<Element>()
-                                                : node.template output<Element>();
-      const int64_t target =
-          output_row<false>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
-      reinterpret_cast<uint4*>(a.out)[target * (kLatent / kVectorColumns) + 32 * half + lane] =
-          in_column_order(out);
-      if (half == 0 && lane == 0) a.lse[target] = node.state.lse();
+    if (!real) continue;
+    uint32_t pairs[kWords];
+    if constexpr (kUnroundedRoot<Element>) {
+      made_of.template get_unrounded_output<Element>(pairs);
+    } else {
+      node.template get_output<Element>(pairs);
     }
-    if (group > 1) __syncthreads();  // the next round writes what may still be read
+    const int64_t target =
+        output_row<false>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
+    store_slice<kWords>(a.out, target, slice, pairs);
+    if (slice == 0 && lane == 0) a.lse[target] = node.state.lse();
   }
 }
 

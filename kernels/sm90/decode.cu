@@ -56,23 +56,30 @@ int row_tiles_of(const DecodeArguments& a) { return (a.rows + kTileRows - 1) / k
 
 template <typename Element, bool kInvariant, bool kRagged>
 cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArguments& arguments) {
-  constexpr int kSms = 132;
-  const int half_rows = p.batch * p.h_kv * arguments.rows * kRowHalves;
-  const auto run = [&](auto kernel, int blocks_per_sm) {
-    const dim3 grid(std::min(half_rows, kSms * blocks_per_sm));
-    return launch_dependent(kernel, grid, kCombineThreads, 0, p.stream, arguments);
-  };
-  // With more half rows than warps, each warp has several, and waits for one after the other.
-  const bool many = half_rows > kSms * kCombineWarps;
-  if constexpr (kInvariant) {
-    if constexpr (!kUnroundedRoot<Element>) {  // which takes too many registers
-      if (many) return run(combine_leaves_kernel<Element, 2>, 2);
+  constexpr int kSms = 132, kWarps = kSms * kCombineWarps;
+  const int rows = p.batch * p.h_kv * arguments.rows;
+  const auto run = [&](auto words, auto blocks_per_sm) {
+    constexpr int kWords = decltype(words)::value, kBlocksPerSm = decltype(blocks_per_sm)::value;
+    const dim3 grid(std::min(rows * Slices<kWords>::kCount, kSms * kBlocksPerSm));
+    if constexpr (kInvariant) {
+      return launch_dependent(combine_leaves_kernel<Element, kWords, kBlocksPerSm>, grid,
+                              kCombineThreads, 0, p.stream, arguments);
+    } else {
+      return launch_dependent(combine_kernel<Element, kRagged, kWords, kBlocksPerSm>, grid,
+                              kCombineThreads, 0, p.stream, arguments);
     }
-    return run(combine_leaves_kernel<Element, 1>, 1);
-  } else {
-    return many ? run(combine_kernel<Element, kRagged, 2>, 2)
-                : run(combine_kernel<Element, kRagged, 1>, 1);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 4> four;
+  if (rows * Slices<1>::kCount <= kWarps) return run(one, one);
+  if (rows * Slices<2>::kCount <= kWarps) return run(two, one);
+  // With more slices than warps, each warp has several, and waits for one after the other; where
+  // the root is not rounded two blocks would have too few registers.
+  if constexpr (!(kInvariant && kUnroundedRoot<Element>)) {
+    if (rows * Slices<4>::kCount > kWarps) return run(four, two);
   }
+  return run(four, one);
 }
 
 template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>

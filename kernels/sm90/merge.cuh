@@ -1,47 +1,16 @@
-// Sums of weighted partial results of half a row, by one warp or by several.
+// Sums of weighted partial results of a slice of a row, by one warp or by several.
 #pragma once
 
 #include <climits>
 
-#include "sm90/decode_params.cuh"
-#include "sm90/ptx/keep.cuh"
 #include "sm90/ptx/math.cuh"
-#include "sm90/quad.cuh"
-#include "sm90/softmax.cuh"
+#include "sm90/slice.cuh"
 
 namespace flashmla {
-
-constexpr int kVectorColumns = 8;  // fp16 values in 16 bytes
-static_assert(kRowHalves * 32 * kVectorColumns == kLatent);
 
 // Of both halves' scales, as PartialState keeps them, that of one.
 __device__ __forceinline__ float scale_of(uint32_t scales, int half) {
   return __uint_as_float(half == 0 ? scales << 16 : scales & 0xffff0000);
-}
-
-// Half rows `first` .. `first + count - 1`, `stride` rows apart, which a warp has read for the last
-// time; `own` is a lane's vector of the one numbered 0. Eight lanes share a line.
-__device__ __forceinline__ void discard_half_rows(const uint4* own, int first, int count,
-                                                  int64_t stride) {
-  __syncwarp();  // all lanes have read theirs
-  for (int i = threadIdx.x % 8; i < count; i += 8)
-    ptx::discard_line(own - threadIdx.x % 8 + (first + i) * stride * (kLatent / kVectorColumns));
-}
-
-template <typename Element>
-__device__ __forceinline__ uint4 pack_vector(const float (&x)[kVectorColumns], float scale) {
-  uint32_t pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = pack<Element>(x[2 * i] * scale, x[2 * i + 1] * scale);
-  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-}
-
-// Partial results keep the order of an accumulator: of 32 columns, which four neighbours' vectors
-// hold, each has every fourth pair. What this returns are eight neighbours.
-__device__ __forceinline__ uint4 in_column_order(const uint4& vector) {
-  uint32_t pairs[4] = {vector.x, vector.y, vector.z, vector.w};
-  transpose_quad(pairs);
-  return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
 // NaN if any x is: what arithmetic makes is positive, so above all numbers here.
@@ -59,24 +28,33 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ float exp_fast(float x) { return ptx::exp2_fast(x * kLog2E); }
 
-// A running sum of weighted partial results of half a row; a lane holds one vector of it.
+// A warp's Merge, for another warp to read.
+template <int kWords>
+struct SharedMerge {
+  float2 out[kWords][32];
+  float maximum, sum;
+};
+
+// A running sum of weighted partial results of a slice; a lane holds one vector of it.
+template <int kWords>
 struct Merge {
   float maximum = kNegativeInfinity, sum = 0.0f;
-  float out[kVectorColumns] = {};
+  float2 out[kWords] = {};
 
-  // Sums up `count` partial results that lie `stride` rows apart, from `values` and `states` on;
-  // the latter are PartialStates. Each lane reads and weighs one of 32 pieces: instructions that
-  // all lanes run for every piece are felt.
-  template <int kInFlight>
-  __device__ __forceinline__ void add_splits(const uint4* values, const uint2* states, int half,
-                                             int stride, int count, bool discards) {
+  // Sums up `count` partial results, the states of which lie `stride` apart from `states` on. Each
+  // lane reads and weighs one of 32: instructions that all lanes run for every piece are felt.
+  template <int kInFlight, bool kDiscards>
+  __device__ __forceinline__ void add_pieces(const Slices<kWords>& slices,
+                                             const PartialState* states, int half, int stride,
+                                             int count) {
     const int lane = threadIdx.x % 32;
     for (int base = 0; base < count; base += 32) {
       const int here = min(32, count - base);
       uint2 state = make_uint2(__float_as_uint(kNegativeInfinity), 0);
-      if (lane < here) state = __ldcs(states + static_cast<int64_t>(base + lane) * stride);
-      uint4 x[kInFlight];
-      load(x, values, stride, base, count);
+      if (lane < here)
+        state = __ldcs(reinterpret_cast<const uint2*>(states + int64_t{base + lane} * stride));
+      Vector<kWords> x[kInFlight];
+      slices.load(x, base, count);
       const float lse = __uint_as_float(state.x), next = ptx::max_or_nan(maximum, warp_max(lse));
       float weight = 0.0f;
       if (next != kNegativeInfinity) {
@@ -95,100 +73,76 @@ struct Merge {
         if (some_blind) {
 #pragma unroll
           for (int i = 0; i < kInFlight; ++i)
-            if (own[i] == 0.0f) x[i] = uint4{};
+            if (own[i] == 0.0f) x[i] = Vector<kWords>{};
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) add(x[i], own[i]);
-        if (discards) discard_half_rows(values, base + first, min(kInFlight, here - first), stride);
+        if (kDiscards) slices.discard(base + first, min(kInFlight, here - first));
         first += kInFlight;
         if (first >= here) break;
-        load(x, values, stride, base + first, count);
+        slices.load(x, base + first, count);
       }
     }
   }
 
-  __device__ __forceinline__ float inverse_sum() const { return inverse_of(sum); }
+  __device__ __forceinline__ void put(SharedMerge<kWords>& shared) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) shared.out[i][lane] = out[i];
+    if (lane == 0) shared.maximum = maximum, shared.sum = sum;
+  }
+
+  // Of what `count` warps have put there. Each lane weighs one of them.
+  __device__ __forceinline__ static Merge of_shares(const SharedMerge<kWords>* shares, int count) {
+    const int lane = threadIdx.x % 32;
+    const float own = lane < count ? shares[lane].maximum : kNegativeInfinity;
+    Merge merge;
+    merge.maximum = warp_max(own);
+    // A warp without a piece, or whose pieces saw no token, counts for nothing.
+    const float weight = own == kNegativeInfinity ? 0.0f : exp_fast(own - merge.maximum);
+    merge.sum = warp_sum(lane < count ? weight * shares[lane].sum : 0.0f);
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      const float from = __shfl_sync(~0u, weight, i);
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        const float2 x = shares[i].out[j][lane];
+        merge.out[j].x = fmaf(from, x.x, merge.out[j].x);
+        merge.out[j].y = fmaf(from, x.y, merge.out[j].y);
+      }
+    }
+    return merge;
+  }
+
+  // The output's values.
+  template <typename Element>
+  __device__ __forceinline__ void get_pairs(uint32_t (&pairs)[kWords]) const {
+    const float inverse = inverse_of(sum);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      pairs[i] = pack<Element>(out[i].x * inverse, out[i].y * inverse);
+  }
 
   __device__ __forceinline__ float log_sum() const {
     return sum != 0.0f ? fmaf(ptx::log2_fast(sum), kLn2, maximum) : kNegativeInfinity;
   }
 
  private:
-  template <int kInFlight>
-  __device__ __forceinline__ static void load(uint4 (&x)[kInFlight], const uint4* values,
-                                              int stride, int first, int count) {
-    const int vectors = stride * (kLatent / kVectorColumns);
-    values += static_cast<int64_t>(first) * vectors;
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i, values += vectors) {
-      x[i] = first + i < count ? __ldcs(values) : uint4{};
-    }
-  }
-
   __device__ __forceinline__ void scale(float weight) {
     sum *= weight;
 #pragma unroll
-    for (float& x : out) x *= weight;
+    for (float2& x : out) x.x *= weight, x.y *= weight;
   }
 
-  __device__ __forceinline__ void add(const uint4& x, float weight) {
-    const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
+  __device__ __forceinline__ void add(const Vector<kWords>& x, float weight) {
+    uint32_t pairs[kWords];
+    get_words<kWords>(x, pairs);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       const float2 pair = unpack_halves(pairs[i]);
-      out[2 * i] = fmaf(weight, pair.x, out[2 * i]);
-      out[2 * i + 1] = fmaf(weight, pair.y, out[2 * i + 1]);
+      out[i].x = fmaf(weight, pair.x, out[i].x), out[i].y = fmaf(weight, pair.y, out[i].y);
     }
   }
 };
-
-// A warp's Merge, for others to read; in the order of columns.
-struct alignas(16) SharedMerge {
-  static constexpr int kPitch = 40;  // of 32 columns: 4 bytes a column, and lanes meet other banks
-  float out[kLatent / kRowHalves / 32 * kPitch];
-  float maximum, sum;
-
-  __device__ __forceinline__ void put(const Merge& merge) {
-    const int lane = threadIdx.x % 32;
-    float* const own = out + lane / 4 * kPitch + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kVectorColumns; i += 2)
-      *reinterpret_cast<float2*>(own + 4 * i) = make_float2(merge.out[i], merge.out[i + 1]);
-    if (lane == 0) maximum = merge.maximum, sum = merge.sum;
-  }
-
-  // Columns 8 * number and up to the next.
-  __device__ __forceinline__ const float4* vector(int number) const {
-    return reinterpret_cast<const float4*>(out + number / 4 * kPitch + number % 4 * kVectorColumns);
-  }
-};
-
-// Columns of half a row of which `count` warps have merged a share each: every `count` neighbours
-// get vector `number`, in order, and each reads one warp's. All lanes of a warp together.
-__device__ __forceinline__ Merge merge_shares(const SharedMerge* shares, int count, int number) {
-  const SharedMerge& own = shares[threadIdx.x & (count - 1)];
-  Merge merge;
-  merge.maximum = own.maximum;
-#pragma unroll 1
-  for (int step = 1; step < count; step *= 2)
-    merge.maximum = fmaxf(merge.maximum, __shfl_xor_sync(~0u, merge.maximum, step));
-  // A warp without a piece, or whose pieces saw no token, counts for nothing.
-  const float weight =
-      own.maximum == kNegativeInfinity ? 0.0f : exp_fast(own.maximum - merge.maximum);
-  merge.sum = weight * own.sum;
-#pragma unroll
-  for (int i = 0; i < kVectorColumns / 4; ++i) {
-    const float4 x = own.vector(number)[i];
-    merge.out[4 * i] = weight * x.x, merge.out[4 * i + 1] = weight * x.y;
-    merge.out[4 * i + 2] = weight * x.z, merge.out[4 * i + 3] = weight * x.w;
-  }
-#pragma unroll 1
-  for (int step = 1; step < count; step *= 2) {
-    merge.sum += __shfl_xor_sync(~0u, merge.sum, step);
-#pragma unroll
-    for (float& x : merge.out) x += __shfl_xor_sync(~0u, x, step);
-  }
-  return merge;
-}
 
 }  // namespace flashmla

@@ -85,9 +85,12 @@ struct SiblingWeights {
   // Two values of the node above from two of each sibling. With units 2^25 apart fp16 knows no
   // weight for the smaller one's, whose largest is then below 2^-24 of the larger one's largest.
   __device__ __forceinline__ uint32_t merge(uint32_t x, uint32_t y) const {
-    const __half2 merged =
-        __hfma2(reinterpret_cast<const __half2&>(y), __float2half2_rn(second),
-                __hmul2_rn(reinterpret_cast<const __half2&>(x), __float2half2_rn(first)));
+    return merge(x, y, __float2half2_rn(first), __float2half2_rn(second));
+  }
+  __device__ __forceinline__ static uint32_t merge(uint32_t x, uint32_t y, __half2 first,
+                                                   __half2 second) {
+    const __half2 merged = __hfma2(reinterpret_cast<const __half2&>(y), second,
+                                   __hmul2_rn(reinterpret_cast<const __half2&>(x), first));
     return reinterpret_cast<const uint32_t&>(merged);
   }
   // The same of the root, the second sibling's unpacked.

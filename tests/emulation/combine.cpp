@@ -1,8 +1,9 @@
 // What the combine kernel makes of the pieces of requests in free mode, on the CPU, case after case
 // from stdin:
-//   thread blocks, those of an SM, rows, batch, descending, bf16, then what CombineCase reads, then
-//   of every piece and row its LSE, two scales and 512 values
-// and prints what CombineCase prints.
+//   thread blocks, kernel, rows, batch, descending, bf16, then what CombineCase reads, then of
+//   every piece and row its LSE, two scales and 512 values
+// and prints what CombineCase prints. Kernels: words of a lane, or 8: four of them, two thread
+// blocks an SM.
 #include "combine_case.h"
 // after the emulated CUDA names
 #include "sm90/combine.cuh"
@@ -12,8 +13,11 @@ using namespace flashmla;
 namespace {
 
 template <typename Element>
-void combine(const DecodeArguments& a, int blocks_per_sm) {
-  blocks_per_sm == 1 ? combine_kernel<Element, false, 1>(a) : combine_kernel<Element, false, 2>(a);
+void combine(const DecodeArguments& a, int kernel) {
+  if (kernel == 1) combine_kernel<Element, false, 1, 1>(a);
+  if (kernel == 2) combine_kernel<Element, false, 2, 1>(a);
+  if (kernel == 4) combine_kernel<Element, false, 4, 1>(a);
+  if (kernel == 8) combine_kernel<Element, false, 4, 2>(a);
 }
 
 }  // namespace
@@ -21,9 +25,9 @@ void combine(const DecodeArguments& a, int blocks_per_sm) {
 int main() {
   emulation::Block block(kCombineThreads);
   emulation::Block::active() = &block;
-  int blocks, blocks_per_sm, rows, batch, descending, bf16;
-  while (std::scanf("%d %d %d %d %d %d", &blocks, &blocks_per_sm, &rows, &batch, &descending,
-                    &bf16) == 6) {
+  int blocks, kernel, rows, batch, descending, bf16;
+  while (std::scanf("%d %d %d %d %d %d", &blocks, &kernel, &rows, &batch, &descending, &bf16) ==
+         6) {
     emulation::CombineCase batch_case(batch, rows);
     std::vector<PartialState> states(batch_case.partial_rows());
     for (size_t i = 0; i < states.size(); ++i) {
@@ -35,9 +39,8 @@ int main() {
     }
     DecodeArguments& a = batch_case.a;
     a.partial_lse = states.data();
-    batch_case.run(block, blocks, descending, [&] {
-      bf16 ? combine<__nv_bfloat16>(a, blocks_per_sm) : combine<__half>(a, blocks_per_sm);
-    });
+    batch_case.run(block, blocks, descending,
+                   [&] { bf16 ? combine<__nv_bfloat16>(a, kernel) : combine<__half>(a, kernel); });
     bf16 ? batch_case.print<__nv_bfloat16>() : batch_case.print<__half>();
   }
 }

@@ -184,6 +184,11 @@ T __shfl_up_sync(unsigned, T value, int delta) {
 }
 
 template <typename T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  return shuffle(value, [=](int lane) { return lane + delta < 32 ? lane + delta : lane; });
+}
+
+template <typename T>
 T __shfl_sync(unsigned, T value, int from) {
   return shuffle(value, [=](int) { return from; });
 }

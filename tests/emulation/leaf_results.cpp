@@ -103,7 +103,7 @@ class Machine {
     }
     gridDim = {3, 1, 1};
     for (blockIdx = {0, 0, 0}; blockIdx.x < gridDim.x; ++blockIdx.x)
-      run_on(combiners_, [&] { combine_leaves_kernel<Element, 1>(a_); });
+      run_on(combiners_, [&] { combine_leaves_kernel<Element, 1, 1>(a_); });
     std::memcpy(result.out.data(), out.bytes, rows * kLatent * 2);
     return result;
   }

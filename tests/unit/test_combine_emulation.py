@@ -31,7 +31,7 @@ class Pieces:
 @dataclass
 class Grid:
     blocks: int
-    per_sm: int = 1
+    kernel: int = 4  # words of a lane, or 8: four of them and two thread blocks an SM
     descending: bool = False  # the order in which threads run
 
 
@@ -43,7 +43,7 @@ def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
     program = build("combine", tmp_path_factory.mktemp("emulation"))
 
     def run(pieces: Pieces, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
-        head = [grid.blocks, grid.per_sm, pieces.rows, len(pieces.counts), int(grid.descending)]
+        head = [grid.blocks, grid.kernel, pieces.rows, len(pieces.counts), int(grid.descending)]
         head += [DTYPES.index(dtype), *pieces.counts]
         data = torch.cat([pieces.lse.double()[..., None], pieces.scales.double(), pieces.values.double()], dim=-1)
         return combined(program, head, (" ".join(f"{x:.17g}" for x in row) for row in data.flatten(0, -2).tolist()))
@@ -90,7 +90,9 @@ def check(combine: Combine, pieces: Pieces, grid: Grid, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 16, 31, 33, 66, 132])
-@pytest.mark.parametrize("grid", [Grid(1), Grid(2, descending=True), Grid(3, 2)])
+@pytest.mark.parametrize(
+    "grid", [Grid(1), Grid(2, descending=True), Grid(3, 8), Grid(1, 1), Grid(2, 2), Grid(5, 1, descending=True)]
+)
 def test_one_row(combine: Combine, count: int, grid: Grid, dtype: torch.dtype) -> None:
     """The more pieces, the more warps share them."""
     check(combine, make_pieces([count], rows=1, seed=count), grid, dtype)
@@ -98,7 +100,7 @@ def test_one_row(combine: Combine, count: int, grid: Grid, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("counts", [[2], [9], [40], [2, 0, 33, 4], [17, 17, 17]])
 @pytest.mark.parametrize("rows", [3, 16, 33])
-@pytest.mark.parametrize("grid", [Grid(1), Grid(4, descending=True), Grid(9, 2)])
+@pytest.mark.parametrize("grid", [Grid(1), Grid(4, descending=True), Grid(9, 8), Grid(7, 1), Grid(9, 2)])
 def test_many_rows(combine: Combine, counts: list[int], rows: int, grid: Grid) -> None:
     """With few thread blocks each warp has several, one after the other."""
     check(combine, make_pieces(counts, rows, seed=rows), grid, DTYPES[rows % 2])
@@ -108,5 +110,5 @@ def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
     numbers = random.Random(2)
     for seed in range(6):
         counts = [numbers.choice([0, 0, 2, 3, 5, 8]) for _ in range(numbers.choice([3, 70]))]
-        grid = Grid(numbers.choice([1, 5]), numbers.choice([1, 2]))
+        grid = Grid(numbers.choice([1, 5]), numbers.choice([1, 2, 4, 8]))
         check(combine, make_pieces(counts, numbers.choice([1, 5]), seed), grid, DTYPES[seed % 2])

@@ -29,16 +29,19 @@ class Pieces:
     exponents: torch.Tensor  # [pieces, rows, 2] int64
 
 
-Combine = Callable[[Pieces, int, bool, int], torch.Tensor]
-KERNELS = [torch.float16, torch.bfloat16, torch.bfloat16]  # the last with two thread blocks an SM
+Combine = Callable[[Pieces, int, bool, int, torch.dtype], torch.Tensor]
+# Words of a lane, or 8: four of them and two thread blocks an SM.
+KERNELS = [(words, dtype) for words in (1, 2, 4) for dtype in (torch.float16, torch.bfloat16)] + [(8, torch.bfloat16)]
+Kernel = tuple[int, torch.dtype]
 
 
 @pytest.fixture(scope="module")
 def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
     program = build("combine_leaves", tmp_path_factory.mktemp("emulation"))
 
-    def run(pieces: Pieces, blocks: int, descending: bool, kernel: int) -> torch.Tensor:
-        head = [blocks, pieces.rows, len(pieces.counts), int(descending), kernel, *pieces.counts]
+    def run(pieces: Pieces, blocks: int, descending: bool, words: int, dtype: torch.dtype) -> torch.Tensor:
+        head = [blocks, pieces.rows, len(pieces.counts), int(descending), words, int(dtype == torch.bfloat16)]
+        head += pieces.counts
         states = torch.stack([pieces.sums.double(), pieces.exponents.double()], dim=-1)
         data = torch.cat([states, pieces.values.double()], dim=-1).flatten(0, -2).tolist()
         lines = [
@@ -100,34 +103,34 @@ def expected(pieces: Pieces, dtype: torch.dtype) -> torch.Tensor:
     return found
 
 
-def check(combine: Combine, pieces: Pieces, blocks: int, kernel: int, descending: bool = False) -> None:
-    ours, theirs = combine(pieces, blocks, descending, kernel), expected(pieces, KERNELS[kernel])
+def check(combine: Combine, pieces: Pieces, blocks: int, kernel: Kernel, descending: bool = False) -> None:
+    ours, theirs = combine(pieces, blocks, descending, *kernel), expected(pieces, kernel[1])
     assert torch.equal(ours[:, 1:].isnan(), theirs[:, 1:].isnan())
     assert torch.equal(ours[:, 1:].nan_to_num(), theirs[:, 1:].nan_to_num())
     assert torch.allclose(ours[:, 0], theirs[:, 0], rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("kernel", range(3))
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("count", [2, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_one_request(combine: Combine, count: int, blocks: int, kernel: int) -> None:
+def test_one_request(combine: Combine, count: int, blocks: int, kernel: Kernel) -> None:
     """One row: as many warps as there are pieces, or sixteen."""
     check(combine, make_pieces([count], rows=1, seed=count), blocks, kernel, descending=blocks == 3)
 
 
-@pytest.mark.parametrize("kernel", range(3))
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("counts", [[128], [2, 0, 64, 4], [16, 16]])
-def test_more_half_rows_than_warps(combine: Combine, counts: list[int], kernel: int) -> None:
+def test_more_half_rows_than_warps(combine: Combine, counts: list[int], kernel: Kernel) -> None:
     check(combine, make_pieces(counts, rows=11, seed=1), 1, kernel)
 
 
 def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
     numbers = random.Random(2)
-    for seed in range(6):
+    for seed in range(14):
         counts = [numbers.choice([0, 0, 2, 4, 8]) for _ in range(numbers.choice([3, 40]))]
         check(
             combine,
             make_pieces(counts, rows=numbers.choice([1, 3]), seed=seed),
             numbers.choice([2, 5]),
-            kernel=seed % 3,
+            kernel=KERNELS[seed % len(KERNELS)],
         )

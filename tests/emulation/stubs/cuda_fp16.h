@@ -33,6 +33,8 @@ inline _Float16 to_half(double x) { return static_cast<_Float16>(x); }
 inline float2 __half22float2(const __half2& v) { return {float(v.x), float(v.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {to_half(x), to_half(y)}; }
 inline __half2 __float2half2_rn(float x) { return {to_half(x), to_half(x)}; }
+inline __half2 __low2half2(const __half2& v) { return {v.x, v.x}; }
+inline __half2 __high2half2(const __half2& v) { return {v.y, v.y}; }
 inline __half2 __hmul2_rn(const __half2& a, const __half2& b) {
   return {to_half(double(a.x) * double(b.x)), to_half(double(a.y) * double(b.y))};
 }
