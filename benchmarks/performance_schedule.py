@@ -38,9 +38,8 @@ def pieces(row: Row, report: Report) -> int:
 
 def drawing() -> str:
     """Four proposals for one batch: a letter is a page of that request, a bar the fixed cost of a work item."""
-    no_cut, _, three_a_part, mean, *_ = candidate_caps(
-        PAGES, PARTS
-    )  # with more requests than parts one a part cannot be
+    # With more requests than parts there is no cap for one piece a part.
+    no_cut, _, three_a_part, mean, *_ = candidate_caps(PAGES, PARTS)
     proposals = {
         "no cut": deal(cut(PAGES, no_cut), PARTS, MODEL),
         **{f"at most {cap} pages": deal(cut(PAGES, cap), PARTS, MODEL) for cap in (three_a_part, mean)},

@@ -46,15 +46,23 @@ class Rule:
 
     required: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = LOCAL_MEMORY
+    waits: int = 0  # for the kernel before, as many as there are ways to where it matters
+    waits_before_launch: bool = False  # the next kernel may start only when this one has waited
 
 
 RULES = {
-    "decode_kernel": Rule(required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE", "ACQBULK")),
-    "combine_kernel": Rule(required=("ACQBULK",)),
-    "combine_leaves_kernel": Rule(required=("ACQBULK",)),
-    "check_bounds_kernel": Rule(required=("ACQBULK",)),
-    "empty_stale_kernel": Rule(required=("ACQBULK",)),
+    # Each of three roles waits by itself.
+    "decode_kernel": Rule(
+        required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"), waits=3, waits_before_launch=True
+    ),
+    # Where nothing was cut, too.
+    "combine_kernel": Rule(waits=2),
+    "combine_leaves_kernel": Rule(waits=2),
+    "schedule_kernel": Rule(forbidden=(), waits=1, waits_before_launch=True),
+    "check_bounds_kernel": Rule(waits=1),
+    "empty_stale_kernel": Rule(waits=1),
 }
+WAIT, LAUNCH = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 
 
 @dataclass
@@ -74,6 +82,11 @@ class Kernel:
         label = f"{self.name} {self.element}".strip()
         found = [f"{label}: {self.spills} bytes of register spills"] if self.spills else []
         found += [f"{label}: no {opcode} in its SASS" for opcode in rule.required if not self.opcodes[opcode]]
+        if rule.waits != (waits := self.opcodes[WAIT]) and self.name in RULES:
+            found.append(f"{label}: waits for the kernel before in {waits} places, not in {rule.waits}")
+        order = [opcode for opcode in self.opcodes if opcode in (WAIT, LAUNCH)]  # in order of appearance
+        if rule.waits_before_launch and order != [WAIT, LAUNCH]:
+            found.append(f"{label}: lets the next kernel start before it has waited itself, or not at all")
         found += [
             f"{label}: {self.opcodes[opcode]} x {opcode} in its SASS"
             for opcode in rule.forbidden

@@ -16,7 +16,8 @@ The scheduler turns lengths into *work items* (a run of pages of one request) an
    caps by the mean cut only what would hold up the rest: good for short ragged batches, where partial results count.
 
 In batch-invariant mode pieces are subtrees of leaves (see `leaves`): a request is cut into a power of two of them, none
-smaller than a leaf. There are no caps by the mean and no level, but MAX_ROUNDS rounds.
+smaller than a leaf. There are no caps by the mean and no level, but MAX_ROUNDS rounds; as in batches that are so large
+that cuts at all parts' ends might be too many.
 
 Pieces are whole pages. Whether a short request is worth a second one, with its prologue and a reduction, is for the
 cost model to say.
@@ -94,7 +95,8 @@ class Schedule:
 
 
 def pages_of(tokens: int) -> int:
-    return -(-tokens // TILE_TOKENS)
+    """None of a length that is negative."""
+    return -(-max(tokens, 0) // TILE_TOKENS)
 
 
 def row_tiles_of(rows: int, h_kv: int) -> int:
@@ -211,7 +213,8 @@ def candidate_caps(pages: Sequence[int], parts: int, most: int | None = None) ->
     """Caps to try: no cut; the smallest caps that keep to m pieces per part; caps by the mean."""
     longest = max([1, *pages])
     caps = [longest]
-    for rounds in range(1, (ROUNDS if most is None else MAX_ROUNDS) + 1):
+    by_mean = most is None and has_room_for_cuts(len(pages), parts)
+    for rounds in range(1, (ROUNDS if by_mean else MAX_ROUNDS) + 1):
         if len(pages) > rounds * parts:
             continue
         low, high = 1, longest
@@ -222,9 +225,14 @@ def candidate_caps(pages: Sequence[int], parts: int, most: int | None = None) ->
             else:
                 low = middle + 1
         caps.append(low)
-    if most is None and len(pages) + parts <= MAX_ROUNDS * parts:  # or there may be too many pieces
+    if by_mean:
         caps += [min(max(1, -(-sum(pages) * quarters // (4 * parts))), longest) for quarters in MEAN_QUARTERS]
     return caps
+
+
+def has_room_for_cuts(batch: int, parts: int) -> bool:
+    """For as many more pieces as there are parts."""
+    return batch + parts <= MAX_ROUNDS * parts
 
 
 def deal(pieces: Sequence[Piece], parts: int, cost: CostModel) -> Hands:
@@ -244,7 +252,7 @@ def deal(pieces: Sequence[Piece], parts: int, cost: CostModel) -> Hands:
 def level(pages: Sequence[int], parts: int, cost: CostModel) -> Hands | None:
     """Lay the requests end to end and cut at every part's equal share; None where the pieces would be too many or
     smaller than a page."""
-    if len(pages) + parts > MAX_ROUNDS * parts:
+    if not has_room_for_cuts(len(pages), parts):
         return None
     starts = [0]
     for n in pages:

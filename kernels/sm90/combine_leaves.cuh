@@ -158,7 +158,8 @@ template <typename Element, int kWords, int kBlocksPerSm>
 __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     combine_leaves_kernel(const __grid_constant__ DecodeArguments a) {
   using Slices = flashmla::Slices<kWords>;
-  using Tree = flashmla::Tree < kWords, kWords<4 ? 4 : kBlocksPerSm == 1 ? 3 : 1>;
+  constexpr int kInFlightLog2 = kWords != 4 ? 4 : kBlocksPerSm == 1 ? 3 : 1;
+  using Tree = flashmla::Tree<kWords, kInFlightLog2>;
   constexpr bool kDiscards = kWords > 1;  // of few rows it would take longer than it saves
   __shared__ SharedNode<kWords> shared[kCombineWarps], waiting[kCombineWarps][Tree::kLevels];
   ptx::let_next_kernel_start();

@@ -57,10 +57,10 @@ int row_tiles_of(const DecodeArguments& a) { return (a.rows + kTileRows - 1) / k
 template <typename Element, bool kInvariant, bool kRagged>
 cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArguments& arguments) {
   constexpr int kSms = 132, kWarps = kSms * kCombineWarps;
-  const int rows = p.batch * p.h_kv * arguments.rows;
+  const int64_t rows = int64_t{p.batch} * p.h_kv * arguments.rows;
   const auto run = [&](auto words, auto blocks_per_sm) {
     constexpr int kWords = decltype(words)::value, kBlocksPerSm = decltype(blocks_per_sm)::value;
-    const dim3 grid(std::min(rows * Slices<kWords>::kCount, kSms * kBlocksPerSm));
+    const dim3 grid(std::min<int64_t>(rows * Slices<kWords>::kCount, kSms * kBlocksPerSm));
     if constexpr (kInvariant) {
       return launch_dependent(combine_leaves_kernel<Element, kWords, kBlocksPerSm>, grid,
                               kCombineThreads, 0, p.stream, arguments);

@@ -11,7 +11,7 @@
 namespace flashmla {
 
 constexpr int kLatent = 512;
-constexpr int kRowHalves = 2;  // as O is kept; each one warpgroup's, later one warp's
+constexpr int kRowHalves = 2;  // as O is kept, each one warpgroup's
 constexpr int kWidth = 576;
 constexpr int kTileRows = 64;  // query rows of a thread block
 constexpr int kTileLog2 = 6;

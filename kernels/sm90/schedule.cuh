@@ -16,7 +16,8 @@ namespace flashmla::schedule {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 // Ranks: no cut; up to kRounds so many pieces a part; up to six a cap of so many quarters of a
-// part's mean; level. In batch-invariant mode, which has neither of the last, up to six pieces.
+// part's mean; level. In batch-invariant mode, and where a batch is too large for the last two, up
+// to six pieces a part.
 constexpr int kRounds = 3, kLevel = FLASHMLA_SCHEDULE_MAX_ROUNDS + 1;
 constexpr int kCandidates = kLevel + 1;
 constexpr int kMaxParts = FLASHMLA_SCHEDULE_MAX_PARTS;
@@ -115,8 +116,7 @@ class Scheduler {
   __device__ int64_t propose(int rank) {
     level_ = rank == kLevel;
     if (level_) return propose_level();
-    const bool by_mean = rank > kRounds && a_.max_leaves == 0;
-    if (by_mean && !has_room_for_cuts()) return kNoProposal;
+    const bool by_mean = rank > kRounds && a_.max_leaves == 0 && has_room_for_cuts();
     const int limit = rank * a_.parts;
     if (!by_mean && rank > 0 && a_.batch > limit) return kNoProposal;
     const int longest = read_pages();

@@ -11,7 +11,7 @@
 namespace flashmla {
 
 // A lane holds one vector of a slice: kWords pairs of fp16 values.
-template <int kWords>
+template <int kWords>  // 1, 2 or 4
 using Vector =
     std::conditional_t<kWords == 1, uint32_t, std::conditional_t<kWords == 2, uint2, uint4>>;
 

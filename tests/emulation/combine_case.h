@@ -49,7 +49,7 @@ class CombineCase {
   void run(Block& block, int blocks, bool descending, const std::function<void()>& kernel) const {
     gridDim = {blocks, 1, 1};
     for (blockIdx = {0, 0, 0}; blockIdx.x < blocks; ++blockIdx.x)
-      block.run(kernel, descending ? Order::kDescending : Order::kAscending);
+      run_waiting(block, kernel, descending ? Order::kDescending : Order::kAscending);
   }
 
   // Of every row its LSE and 512 values of the output, NaN for those of whole requests.

@@ -5,8 +5,12 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
+
+#include "cuda_threads.h"
 
 #define __global__
 #define __grid_constant__
@@ -19,6 +23,29 @@ struct Index {
 inline Index blockIdx, gridDim;
 
 namespace emulation {
+
+// Of each thread of a block, whether it has waited for the kernel before.
+inline std::vector<bool>& has_waited() {
+  static std::vector<bool> waited(1024);
+  return waited;
+}
+
+inline void expect_wait() {
+  if (has_waited()[threadIdx.x]) return;
+  std::fprintf(stderr, "emulation: a thread has not waited for the kernel before\n");
+  std::abort();
+}
+
+// Runs a kernel's block, every thread of which has to wait before it ends.
+inline void run_waiting(Block& block, const std::function<void()>& kernel, Order order) {
+  has_waited().assign(1024, false);
+  block.run(
+      [&] {
+        kernel();
+        expect_wait();
+      },
+      order);
+}
 
 // Of the GPU, and so aligned to its cache lines; full of NaN.
 struct Memory {
@@ -35,3 +62,10 @@ inline double value_of(__half x) { return x.value; }
 inline double value_of(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
 }  // namespace emulation
+
+// What the kernel before writes is read by such loads.
+template <typename T>
+T __ldcs(const T* from) {
+  emulation::expect_wait();
+  return *from;
+}

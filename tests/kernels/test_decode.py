@@ -206,9 +206,11 @@ def test_partial_results_keep_columns_of_all_magnitudes(batch_invariant: bool) -
     assert (out - expected_out).abs()[..., ~fine].max() < 2.0**-38
 
 
-@pytest.mark.parametrize("h_q, tokens", [(16, [20_000] + [400] * 40), (64, [30_000] + [1000] * 40)])
+@pytest.mark.parametrize(
+    "h_q, tokens", [(h_q, [20_000] + [400] * 40) for h_q in (4, 8, 16)] + [(64, [30_000] + [1000] * 40)]
+)
 def test_a_warp_merges_more_pieces_than_it_has_lanes(h_q: int, tokens: list[int]) -> None:
-    """One long request among many that are cut, so that half a row is one warp's; both builds of the combine."""
+    """One long request among many that are cut, so that a slice is one warp's; all builds of the combine."""
     problem = make_problem(tokens, h_q=h_q)
     offsets = plan_of(problem, causal=True).split_offsets
     assert offsets[1] - offsets[0] > 32 and (offsets.diff() > 0).all()

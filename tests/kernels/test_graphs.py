@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,47 @@ def test_replay_with_other_lengths(h_q: int, s_q: int, record_property: Callable
             assert torch.equal(layer[0], eager[0]) and torch.equal(layer[1], eager[1]), lengths
         if replay % 20 == 0:
             assert fault(*captured[:2], *oracle(problem, causal=True)) is None
+
+
+@pytest.mark.parametrize("h_q, s_q", [(80, 4), (16, 1)])
+def test_steps_without_a_pause(h_q: int, s_q: int, record_property: Callable[[str, object], None]) -> None:
+    """Requests that are cut and others that are not, step after step in one graph, with the same buffers: what the
+    combine kernel reads before it waits is of its own step. 320 rows leave two SMs without a decode thread block."""
+    record_property("cases", 4000)
+    problem = make_problem([5000, 5000], s_q=s_q, h_q=h_q)
+    plan = plan_of(problem, causal=True)
+    assert int(plan.split_offsets[-1]) > 0
+    lengths = [
+        torch.tensor(n, dtype=torch.int32, device="cuda") for n in ([5000, 300], [40, 50], [2000, 4000], [64, 0])
+    ]
+
+    def decode_step(seq_lens: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        step = replace(problem, seq_lens=seq_lens)
+        step_plan = plan_of(step, causal=True, **options)
+        return flashmla_backend.mla_decode(step.q, step.kv_cache, step_plan, softmax_scale=SCALE)
+
+    eager = [decode_step(own) for own in lengths]
+    seq_lens = lengths[0].clone()
+
+    def run() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        results = []
+        for own in lengths:
+            seq_lens.copy_(own)
+            results.append(decode_step(seq_lens, reuse=plan))
+        return results
+
+    run()  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(1000):
+        for tensors in captured:
+            for tensor in tensors:
+                tensor.fill_(float("nan"))
+        graph.replay()
+        for ours, expected in zip(captured, eager, strict=True):
+            assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
 
 
 def test_layer_compiles_to_one_graph() -> None:

@@ -106,6 +106,13 @@ def test_many_rows(combine: Combine, counts: list[int], rows: int, grid: Grid) -
     check(combine, make_pieces(counts, rows, seed=rows), grid, DTYPES[rows % 2])
 
 
+@pytest.mark.parametrize("kernel", [1, 2, 4, 8])
+@pytest.mark.parametrize("counts, blocks", [([128, 2], 5), ([2, 128], 9), ([128, 0, 3], 7), ([8, 100, 2], 20)])
+def test_fewer_pieces_than_warps_share_them(combine: Combine, counts: list[int], blocks: int, kernel: int) -> None:
+    """Of one request; of the other each warp has some."""
+    check(combine, make_pieces(counts, rows=1, seed=blocks), Grid(blocks, kernel), DTYPES[blocks % 2])
+
+
 def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
     numbers = random.Random(2)
     for seed in range(6):

@@ -114,13 +114,20 @@ def check(combine: Combine, pieces: Pieces, blocks: int, kernel: Kernel, descend
 @pytest.mark.parametrize("count", [2, 4, 8, 16, 32, 64, 128])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_one_request(combine: Combine, count: int, blocks: int, kernel: Kernel) -> None:
-    """One row: as many warps as there are pieces, or sixteen."""
+    """One row: the more pieces, the more warps share them."""
     check(combine, make_pieces([count], rows=1, seed=count), blocks, kernel, descending=blocks == 3)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("counts, blocks", [([128, 2], 5), ([2, 128], 9), ([128, 0, 4], 7), ([8, 128, 2], 20)])
+def test_fewer_pieces_than_warps_share_them(combine: Combine, counts: list[int], blocks: int, kernel: Kernel) -> None:
+    """Of one request; of the other each warp has a subtree."""
+    check(combine, make_pieces(counts, rows=1, seed=blocks), blocks, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("counts", [[128], [2, 0, 64, 4], [16, 16]])
-def test_more_half_rows_than_warps(combine: Combine, counts: list[int], kernel: Kernel) -> None:
+def test_more_slices_than_warps(combine: Combine, counts: list[int], kernel: Kernel) -> None:
     check(combine, make_pieces(counts, rows=11, seed=1), 1, kernel)
 
 

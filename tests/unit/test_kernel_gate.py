@@ -54,6 +54,20 @@ def test_a_decode_kernel_without_its_instructions_is_faulted(tmp_path: Path) -> 
     assert re.search(r"decode_kernel: \d+ x LDL in its SASS", faults)
 
 
+@needs_nvcc
+def test_a_decode_kernel_that_starts_the_next_one_too_early_is_faulted(tmp_path: Path) -> None:
+    launch, wait = (
+        'asm volatile("griddepcontrol.launch_dependents;");',
+        'asm volatile("griddepcontrol.wait;":::"memory");',
+    )
+    source = "__global__ void decode_kernel(float* x) {{ {} x[0] = 1; }}"
+    too_early = "decode_kernel: lets the next kernel start before it has waited itself"
+    assert too_early in faults_of(source.format(launch + wait), tmp_path)
+    assert too_early in faults_of(source.format(wait), tmp_path)
+    faults = faults_of(source.format(wait + launch), tmp_path)
+    assert too_early not in faults and "waits for the kernel before in 1 places, not in 3" in faults
+
+
 @pytest.mark.parametrize("code", check_kernels.BAD_CODES)
 def test_complaints_of_ptxas_are_faults(code: str) -> None:
     _, faults = check_kernels.read_log(

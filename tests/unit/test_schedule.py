@@ -228,7 +228,8 @@ def test_known_cuts(item: int, page: int, pages: list[int], parts: int, cuts: li
 def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: int, most: int | None) -> None:
     longest = max([*pages, 1])
     caps = [longest]
-    for rounds in range(1, (ROUNDS if most is None else MAX_ROUNDS) + 1):
+    by_mean = most is None and len(pages) + parts <= MAX_ROUNDS * parts
+    for rounds in range(1, (ROUNDS if by_mean else MAX_ROUNDS) + 1):
         caps += [cap for cap in range(1, longest + 1) if len(cut(pages, cap, most)) <= rounds * parts][:1]
     assert candidate_caps(pages, parts, most)[: len(caps)] == caps
 
@@ -242,15 +243,21 @@ def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: 
         ([10], 1, [10, 10, 10]),  # never more than the longest
         ([0, 0], 3, [1, 1, 1]),
         ([1] * 10, 2, [1, 1, 1]),
-        ([1] * 11, 2, []),  # no room for two cuts more
     ],
 )
 def test_caps_by_the_mean(pages: list[int], parts: int, caps: list[int]) -> None:
     rounds = sum(len(pages) <= m * parts for m in range(1, ROUNDS + 1))
     assert candidate_caps(pages, parts)[1 + rounds :] == caps
-    assert len(candidate_caps(pages, parts, most=128)) == 1 + sum(
-        len(pages) <= m * parts for m in range(1, MAX_ROUNDS + 1)
-    )
+    rounds = sum(len(pages) <= m * parts for m in range(1, MAX_ROUNDS + 1))
+    assert len(candidate_caps(pages, parts, most=128)) == 1 + rounds  # batch-invariant mode has none
+    assert candidate_caps([1] * 11 + [9], 2) == [9, 9]  # no room for two cuts more, but for six pieces a part
+
+
+def test_a_long_request_is_cut_in_any_batch_that_leaves_room() -> None:
+    """90 requests on 16 parts: too many for a cut at every part's end, but not for six pieces a part."""
+    for batch in (70, 80, 90):
+        loads = make_schedule([65536] + [4096] * (batch - 1), row_tiles=8, num_sms=132).loads()
+        assert max(loads) < 1.3 * sum(loads) / len(loads), batch
 
 
 @settings(max_examples=300, deadline=None)
@@ -261,7 +268,7 @@ def test_caps_by_the_mean_leave_room(pages: list[int], parts: int) -> None:
 
 
 def test_a_short_ragged_batch_has_few_cuts() -> None:
-    """One request of five holds up the rest: it alone is cut, not one at every boundary between parts."""
+    """Four of sixteen requests would hold up the rest: they are cut, not one at every boundary between parts."""
     schedule = make_schedule([64 * 16] * 12 + [64 * 32] * 4, row_tiles=1, num_sms=20, rows=64)
     assert schedule.split_offsets[-1] == 8
 

@@ -28,7 +28,8 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// Lets the next kernel start its prologue. Says nothing about visibility.
+// Lets the next kernel start its prologue. Says nothing about visibility: what this kernel has
+// waited for is in L2, and a kernel that starts finds nothing older in L1.
 __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 }

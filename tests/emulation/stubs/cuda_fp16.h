@@ -65,9 +65,5 @@ template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
-template <typename T>
-T __ldcs(const T* from) {
-  return *from;
-}
 using std::max;
 using std::min;
