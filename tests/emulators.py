@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-INCLUDES = ("tests/emulation/stubs", "kernels", "kernels/include")
+INCLUDES = ("tests/emulation/stubs", "tests/emulation", "kernels", "kernels/include")
 # A fortified longjmp refuses to change stacks; kernels look at the bits of numbers.
 FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
