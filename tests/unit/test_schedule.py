@@ -94,6 +94,10 @@ def test_the_caller_may_set_costs_and_rows() -> None:
     assert make_schedule([256], 1, 3, rows=2000).split_offsets[-1] == 0
 
 
+def test_a_negative_length_is_none() -> None:
+    assert [pages_of(n) for n in (-2_000_000_000, -65, -64, -1, 0, 1)] == [0, 0, 0, 0, 0, 1]
+
+
 def test_parts_and_buffers() -> None:
     assert [num_parts(num_sms, tiles) for num_sms, tiles in ((132, 1), (132, 2), (132, 5), (7, 8))] == [132, 66, 26, 1]
     assert (max_splits(132), max_items(10, 132), max_items(1000, 132)) == (792, 792, 1000)
@@ -242,6 +246,7 @@ def test_caps_are_the_smallest_that_keep_to_the_rounds(pages: list[int], parts: 
         ([16, 16], 4, [8, 10, 12]),
         ([10], 1, [10, 10, 10]),  # never more than the longest
         ([0, 0], 3, [1, 1, 1]),
+        ([1, 3], 8, [1, 1, 1]),  # a mean of half a page
         ([1] * 10, 2, [1, 1, 1]),
     ],
 )
@@ -250,6 +255,7 @@ def test_caps_by_the_mean(pages: list[int], parts: int, caps: list[int]) -> None
     assert candidate_caps(pages, parts)[1 + rounds :] == caps
     rounds = sum(len(pages) <= m * parts for m in range(1, MAX_ROUNDS + 1))
     assert len(candidate_caps(pages, parts, most=128)) == 1 + rounds  # batch-invariant mode has none
+    assert len(candidate_caps([8], 1)) == 7  # with level as many as the device has thread blocks for
     assert candidate_caps([1] * 11 + [9], 2) == [9, 9]  # no room for two cuts more, but for six pieces a part
 
 

@@ -54,7 +54,10 @@ def random_lengths(source: random.Random) -> list[int]:
         lambda: [source.randint(0, 300) for _ in range(source.randint(0, 400))],
         lambda: [source.randint(0, 1 << 20) for _ in range(source.randint(1, 12))],
         lambda: [source.randint(0, 2**31 - 1) for _ in range(source.randint(1, 12))],
-        lambda: [source.choice([0, 1, 63, 64, 65, 192, 255, 256, 257]) for _ in range(source.randint(0, 200))],
+        lambda: [
+            source.choice([-(2**31), -100, -1, 0, 1, 63, 64, 65, 192, 255, 256, 257])
+            for _ in range(source.randint(0, 200))
+        ],
         lambda: [source.randint(0, 20000) for _ in range(1500)],
         lambda: [source.randint(1, 9000)] * source.randint(1, 300),
     ]
