@@ -5,12 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
 
 import flashmla_backend
 from tests.kernels.problems import SCALE, Problem, fault, make_problem, oracle, plan_of
+
+Results = TypeVar("Results")
+
+
+def capture(run: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
+    """A graph of what `run` enqueues, and what it returns, which every replay writes anew."""
+    run()  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
 
 
 @pytest.mark.parametrize("h_q, s_q", [(16, 1), (128, 2)])
@@ -36,11 +49,7 @@ def test_replay_with_other_lengths(h_q: int, s_q: int, record_property: Callable
             results += flashmla_backend.mla_decode(persistent.q, persistent.kv_cache, step_plan, softmax_scale=SCALE)
         return results
 
-    step()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for replay in range(100):
         lengths = [source.choice([0, source.randint(1, 5000), source.randint(1, 200)]) for _ in longest]
         problem = make_problem(lengths, s_q=s_q, h_q=h_q, seed=replay)
@@ -85,11 +94,7 @@ def test_steps_without_a_pause(h_q: int, s_q: int, record_property: Callable[[st
             results.append(decode_step(seq_lens, reuse=plan))
         return results
 
-    run()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     for _ in range(1000):
         for tensors in captured:
             for tensor in tensors:
