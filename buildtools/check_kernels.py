@@ -48,12 +48,16 @@ class Rule:
     forbidden: tuple[str, ...] = LOCAL_MEMORY
     waits: int = 0  # for the kernel before, as many as there are ways to where it matters
     waits_before_launch: bool = False  # the next kernel may start only when this one has waited
+    waits_before_reading: bool = False  # in every role
 
 
 RULES = {
     # Each of three roles waits by itself.
     "decode_kernel": Rule(
-        required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"), waits=3, waits_before_launch=True
+        required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"),
+        waits=3,
+        waits_before_launch=True,
+        waits_before_reading=True,
     ),
     # Where nothing was cut, too.
     "combine_kernel": Rule(waits=2),
@@ -63,6 +67,8 @@ RULES = {
     "empty_stale_kernel": Rule(waits=1),
 }
 WAIT, LAUNCH = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
+READ, ROLE = "LDG", "USETMAXREG"  # of global memory; with what the code of a role begins
+EARLY_READ = f"{READ} before {WAIT}"
 
 
 @dataclass
@@ -87,6 +93,8 @@ class Kernel:
         order = [opcode for opcode in self.opcodes if opcode in (WAIT, LAUNCH)]  # in order of appearance
         if rule.waits_before_launch and order != [WAIT, LAUNCH]:
             found.append(f"{label}: lets the next kernel start before it has waited itself, or not at all")
+        if rule.waits_before_reading and self.opcodes[EARLY_READ]:
+            found.append(f"{label}: reads global memory before it has waited for the kernel before")
         found += [
             f"{label}: {self.opcodes[opcode]} x {opcode} in its SASS"
             for opcode in rule.forbidden
@@ -127,14 +135,19 @@ def read_log(log: str) -> tuple[dict[str, Kernel], list[str]]:
 
 
 def count_opcodes(sass: str) -> dict[str, Counter[str]]:
-    """Opcodes (their first word) by symbol from nvdisasm's listing."""
+    """Opcodes (their first word) by symbol from nvdisasm's listing, and early reads."""
     counts: dict[str, Counter[str]] = {}
     current: Counter[str] = Counter()
+    waited = False
     for line in sass.splitlines():
         if section := re.match(r"\.text\.(\S+):", line):
             current = counts.setdefault(section[1], Counter())
+            waited = False
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
-            current[instruction[1]] += 1
+            opcode = instruction[1]
+            current[opcode] += 1
+            waited = opcode == WAIT or (waited and opcode != ROLE)
+            current[EARLY_READ] += opcode == READ and not waited
     return counts
 
 

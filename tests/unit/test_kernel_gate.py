@@ -68,6 +68,16 @@ def test_a_decode_kernel_that_starts_the_next_one_too_early_is_faulted(tmp_path:
     assert too_early not in faults and "waits for the kernel before in 1 places, not in 3" in faults
 
 
+@needs_nvcc
+def test_a_decode_kernel_that_reads_too_early_is_faulted(tmp_path: Path) -> None:
+    """The compiler may do a load of what it takes for constant where the source has it after the wait."""
+    wait = 'asm volatile("griddepcontrol.wait;":::"memory");'
+    source = "__global__ void decode_kernel(float* x, const float* y) {{ {} }}"
+    too_early = "decode_kernel: reads global memory before it has waited"
+    assert too_early in faults_of(source.format(f"float z = *(volatile float*)y; {wait} x[0] = z;"), tmp_path)
+    assert too_early not in faults_of(source.format(f"{wait} x[0] = y[0];"), tmp_path)
+
+
 @pytest.mark.parametrize("code", check_kernels.BAD_CODES)
 def test_complaints_of_ptxas_are_faults(code: str) -> None:
     _, faults = check_kernels.read_log(
