@@ -52,18 +52,29 @@ def put_together(needles: Problem, requests: list[int], seed: int) -> Problem:
 
 def check_in_batches(needles: Problem, source: random.Random, batches: list[int]) -> int:
     """Needles alone, judged by the oracle; then in batches. Returns how many (needle, batch) were compared."""
-    count = len(needles.seq_lens)
-    alone = [decode(put_together(needles, [r], seed=r)) for r in range(count)]
+    alone = decode_alone(needles)
+    expected = [oracle(one(needles, r), causal=True) for r in range(len(needles.seq_lens))]
+    assert fault(*alone, *(torch.cat(results) for results in zip(*expected, strict=True))) is None
+    return compare_in_batches(needles, alone, source, batches)
+
+
+def decode_alone(needles: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    alone = [decode(put_together(needles, [r], seed=r)) for r in range(len(needles.seq_lens))]
     out, lse = (torch.cat(results) for results in zip(*alone, strict=True))
-    expected = [oracle(one(needles, r), causal=True) for r in range(count)]
-    assert fault(out, lse, *(torch.cat(results) for results in zip(*expected, strict=True))) is None
+    return out, lse
+
+
+def compare_in_batches(
+    needles: Problem, alone: tuple[torch.Tensor, torch.Tensor], source: random.Random, batches: list[int]
+) -> int:
+    count = len(needles.seq_lens)
     compared = 0
     for batch in batches:
         requests = [source.choice([PAD, *range(count)]) if batch > 1 else 0 for _ in range(batch)]
         together = decode(put_together(needles, requests, seed=1000 + batch))
-        rows = torch.tensor([row for row, r in enumerate(requests) if r != PAD], device=out.device)
-        own = torch.tensor([r for r in requests if r != PAD], device=out.device)
-        for ours, theirs in zip(together, (out, lse), strict=True):
+        rows = torch.tensor([row for row, r in enumerate(requests) if r != PAD], device=needles.q.device)
+        own = torch.tensor([r for r in requests if r != PAD], device=needles.q.device)
+        for ours, theirs in zip(together, alone, strict=True):
             equal = (ours[rows] == theirs[own]).flatten(1).all(1)
             wrong = sorted({int(needles.seq_lens[r]) for r in own[~equal].tolist()})
             assert not wrong, f"lengths {wrong} in a batch of {batch} differ from the same alone"
@@ -91,6 +102,15 @@ def test_needles(h_q: int, s_q: int, dtype: torch.dtype, record_property: Record
     chosen = [*source.sample(NEEDLES, 7), source.randint(1, 9000)]
     needles = make_problem(chosen, s_q=s_q, h_q=h_q, dtype=dtype)
     record_property("cases", check_in_batches(needles, source, BATCHES))
+
+
+@pytest.mark.parametrize("h_q, s_q", [(33, 1), (64, 1), (97, 1), (128, 2)])
+def test_rows_that_rescale_at_different_pages(h_q: int, s_q: int, record_property: Record) -> None:
+    """O is rescaled by a vote of rows; they must have the same say wherever the request lies."""
+    needles = make_problem([640, 1025, 2049, 5000], s_q=s_q, h_q=h_q)
+    needles.q *= 40  # scores deviate by 4: the oracle's bounds are for less than that
+    alone = decode_alone(needles)
+    record_property("cases", compare_in_batches(needles, alone, random.Random(0), [1, 3, 40, 200]))
 
 
 @pytest.mark.parametrize("h_q, h_kv, s_q, page_size", SMALL_AND_LARGE_PAGES)
