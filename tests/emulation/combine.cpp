@@ -1,7 +1,7 @@
 // What the combine kernel makes of the pieces of requests in free mode, on the CPU, case after case
 // from stdin:
-//   thread blocks, kernel, rows, batch, descending, bf16, then what CombineCase reads, then of
-//   every piece and row its LSE, two scales and 512 values
+//   thread blocks, kernel, rows, batch, descending, bf16, heads of a ragged step, else 0, then what
+//   CombineCase reads, then of every piece and row its LSE, two scales and 512 values
 // and prints what CombineCase prints. Kernels: words of a lane, or 8: four of them, two thread
 // blocks an SM.
 #include "combine_case.h"
@@ -12,12 +12,18 @@ using namespace flashmla;
 
 namespace {
 
+template <typename Element, bool kRagged>
+void combine_rows(const DecodeArguments& a, int kernel) {
+  if (kernel == 1) combine_kernel<Element, kRagged, 1, 1>(a);
+  if (kernel == 2) combine_kernel<Element, kRagged, 2, 1>(a);
+  if (kernel == 4) combine_kernel<Element, kRagged, 4, 1>(a);
+  if (kernel == 8) combine_kernel<Element, kRagged, 4, 2>(a);
+}
+
 template <typename Element>
 void combine(const DecodeArguments& a, int kernel) {
-  if (kernel == 1) combine_kernel<Element, false, 1, 1>(a);
-  if (kernel == 2) combine_kernel<Element, false, 2, 1>(a);
-  if (kernel == 4) combine_kernel<Element, false, 4, 1>(a);
-  if (kernel == 8) combine_kernel<Element, false, 4, 2>(a);
+  a.query_offsets == nullptr ? combine_rows<Element, false>(a, kernel)
+                             : combine_rows<Element, true>(a, kernel);
 }
 
 }  // namespace
@@ -25,10 +31,11 @@ void combine(const DecodeArguments& a, int kernel) {
 int main() {
   emulation::Block block(kCombineThreads);
   emulation::Block::active() = &block;
-  int blocks, kernel, rows, batch, descending, bf16;
-  while (std::scanf("%d %d %d %d %d %d", &blocks, &kernel, &rows, &batch, &descending, &bf16) ==
-         6) {
+  int blocks, kernel, rows, batch, descending, bf16, heads;
+  while (std::scanf("%d %d %d %d %d %d %d", &blocks, &kernel, &rows, &batch, &descending, &bf16,
+                    &heads) == 7) {
     emulation::CombineCase batch_case(batch, rows);
+    if (heads > 0) batch_case.read_queries(heads);
     std::vector<PartialState> states(batch_case.partial_rows());
     for (size_t i = 0; i < states.size(); ++i) {
       float scale[2];

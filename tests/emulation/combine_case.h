@@ -19,7 +19,7 @@ class CombineCase {
 
   // Reads how many pieces each request was cut into (0: not).
   CombineCase(int batch, int rows)
-      : offsets_(read_offsets(batch)),
+      : offsets_(read_sums(batch)),
         rows_(static_cast<size_t>(batch) * rows),
         partials_(static_cast<size_t>(offsets_.back()) * rows * kRowBytes),
         out_(rows_ * kRowBytes),
@@ -32,6 +32,17 @@ class CombineCase {
     a.s_q = a.h_kv = 1;
     a.h_q = a.rows = rows;
     a.group = a.head_rows = a.all_rows = flashmla::Divisor(rows);
+  }
+
+  // Reads how many query tokens each request has, of `heads` rows each, no more than all of `rows`:
+  // the output holds theirs alone.
+  void read_queries(int heads) {
+    query_offsets_ = read_sums(a.batch);
+    rows_ = static_cast<size_t>(query_offsets_.back()) * heads;
+    a.query_offsets = query_offsets_.data();
+    a.s_q = a.rows / heads;
+    a.h_q = heads;
+    a.group = flashmla::Divisor(heads);
   }
 
   size_t partial_rows() const { return static_cast<size_t>(offsets_.back()) * a.rows; }
@@ -66,16 +77,17 @@ class CombineCase {
  private:
   static constexpr size_t kRowBytes = flashmla::kLatent * sizeof(__half);
 
-  static std::vector<int32_t> read_offsets(int batch) {
-    std::vector<int32_t> offsets(batch + 1);
+  // Of a number for each request, where each begins if they lie one after the other, and the end.
+  static std::vector<int32_t> read_sums(int batch) {
+    std::vector<int32_t> sums(batch + 1);
     for (int i = 0; i < batch; ++i) {
-      if (std::scanf("%d", &offsets[i + 1]) != 1) std::exit(1);
-      offsets[i + 1] += offsets[i];
+      if (std::scanf("%d", &sums[i + 1]) != 1) std::exit(1);
+      sums[i + 1] += sums[i];
     }
-    return offsets;
+    return sums;
   }
 
-  std::vector<int32_t> offsets_;
+  std::vector<int32_t> offsets_, query_offsets_;
   size_t rows_;  // of the output
   Memory partials_, out_;
   std::vector<float> lse_;

@@ -26,6 +26,11 @@ class Pieces:
     values: torch.Tensor  # [pieces, rows, 512] fp16
     lse: torch.Tensor  # [pieces, rows] fp32, -inf where a row saw no token
     scales: torch.Tensor  # [pieces, rows, 2] powers of two, of halves
+    heads: int = 0  # of a ragged step: rows of a query token
+    queries: tuple[int, ...] = ()  # of a ragged step: query tokens of each request
+
+    def rows_of(self, request: int) -> int:
+        return self.heads * self.queries[request] if self.heads else self.rows
 
 
 @dataclass
@@ -44,7 +49,7 @@ def combine(tmp_path_factory: pytest.TempPathFactory) -> Combine:
 
     def run(pieces: Pieces, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
         head = [grid.blocks, grid.kernel, pieces.rows, len(pieces.counts), int(grid.descending)]
-        head += [DTYPES.index(dtype), *pieces.counts]
+        head += [DTYPES.index(dtype), pieces.heads, *pieces.counts, *pieces.queries]
         data = torch.cat([pieces.lse.double()[..., None], pieces.scales.double(), pieces.values.double()], dim=-1)
         return combined(program, head, (" ".join(f"{x:.17g}" for x in row) for row in data.flatten(0, -2).tolist()))
 
@@ -65,20 +70,21 @@ def make_pieces(counts: list[int], rows: int, seed: int) -> Pieces:
 
 
 def expected(pieces: Pieces) -> torch.Tensor:
-    found = torch.full((len(pieces.counts) * pieces.rows, 513), float("nan"), dtype=torch.float64)
     values = pieces.values.double().unflatten(-1, (2, 256)) * pieces.scales.double()[..., None]
+    found = []
     begin = 0
     for request, count in enumerate(pieces.counts):
+        rows = pieces.rows_of(request)
         if count == 0:
+            found.append(torch.full((rows, 513), float("nan"), dtype=torch.float64))
             continue
-        lse, own = pieces.lse[begin : begin + count].double(), values[begin : begin + count]
+        lse, own = pieces.lse[begin : begin + count, :rows].double(), values[begin : begin + count, :rows]
         total = torch.logsumexp(lse, 0)
         weight = torch.where(lse.isinf(), 0.0, torch.exp(lse - total))
         out = (weight[..., None, None] * own.nan_to_num()).sum(0)
-        rows = slice(request * pieces.rows, (request + 1) * pieces.rows)
-        found[rows, 0], found[rows, 1:] = total, in_column_order(out).flatten(1)
+        found.append(torch.cat([total[:, None], in_column_order(out).flatten(1)], dim=1))
         begin += count
-    return found
+    return torch.cat(found)
 
 
 def check(combine: Combine, pieces: Pieces, grid: Grid, dtype: torch.dtype) -> None:
@@ -119,3 +125,20 @@ def test_batches_of_requests_cut_and_whole(combine: Combine) -> None:
         counts = [numbers.choice([0, 0, 2, 3, 5, 8]) for _ in range(numbers.choice([3, 70]))]
         grid = Grid(numbers.choice([1, 5]), numbers.choice([1, 2, 4, 8]))
         check(combine, make_pieces(counts, numbers.choice([1, 5]), seed), grid, DTYPES[seed % 2])
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 4, 8])
+@pytest.mark.parametrize("heads, queries", [(1, (4, 1, 2, 3)), (3, (1, 3, 1, 2)), (16, (2, 1, 1, 2))])
+def test_requests_of_different_query_tokens(
+    combine: Combine, heads: int, queries: tuple[int, ...], kernel: int
+) -> None:
+    """Rows that a request has not are nobody's results; in the output the next request's are in their place."""
+    counts = [3, 40, 2, 0]
+    pieces = make_pieces(counts, heads * max(queries), seed=heads)
+    pieces.heads, pieces.queries = heads, queries
+    owner = [request for request, count in enumerate(counts) for _ in range(count)]
+    for piece, request in enumerate(owner):
+        absent = slice(pieces.rows_of(request), None)
+        pieces.values[piece, absent], pieces.lse[piece, absent] = 1.0, 0.0  # seen if written: the last one was not cut
+    for grid in (Grid(1, kernel), Grid(5, kernel, descending=True)):
+        check(combine, pieces, grid, DTYPES[heads % 2])
