@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -114,7 +115,6 @@ def test_32_concurrent_requests_of_mixed_lengths(served: Served) -> None:
 
 def test_a_cancelled_request_stops_and_the_server_answers_again(served: Served) -> None:
     wanted = 7000
-    before = served.metric("vllm:generation_tokens_total")
     body = {
         "model": served.name,
         "messages": [{"role": "user", "content": "Tell me all."}],
@@ -122,16 +122,19 @@ def test_a_cancelled_request_stops_and_the_server_answers_again(served: Served) 
         "stream": True,
         "ignore_eos": True,
     }
-    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=120) as response:
-        events = (line for line in response.iter_lines() if line.startswith("data: "))
-        for _ in range(5):
-            next(events)
-        assert served.metric("vllm:num_requests_running") == 1
-    deadline = time.monotonic() + 30
-    while served.metric("vllm:num_requests_running"):
-        assert time.monotonic() < deadline, "still running 30 s after the client went away"
-        time.sleep(0.2)
-    assert 0 < served.metric("vllm:generation_tokens_total") - before < wanted
+    for _ in range(3):  # a machine busy with other work may make the whole answer before the first events arrive
+        before, begun = served.metric("vllm:generation_tokens_total"), time.monotonic()
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=300) as response:
+            events = (line for line in response.iter_lines() if line.startswith("data: "))
+            arrivals = [time.monotonic() - begun for _ in islice(events, 2)]  # of the role and of a token
+        deadline = time.monotonic() + 120
+        while served.metric("vllm:num_requests_running"):
+            assert time.monotonic() < deadline, "still running 120 s after the client went away"
+            time.sleep(0.2)
+        generated = served.metric("vllm:generation_tokens_total") - before
+        if generated < wanted:
+            break
+    assert 0 < generated < wanted, f"events after {arrivals} s:\n{''.join(served.log[-40:])}"
 
     prompt = prompt_of(70)
     errors = logprob_errors(served, prompt, 20, complete(served, prompt, 20))
