@@ -68,7 +68,6 @@ RULES = {
 }
 WAIT, LAUNCH = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 READ, ROLE = "LDG", "USETMAXREG"  # of global memory; with what the code of a role begins
-EARLY_READ = f"{READ} before {WAIT}"
 
 
 @dataclass
@@ -81,6 +80,7 @@ class Kernel:
     spills: int = 0  # bytes stored and loaded
     static_shared: int = 0  # bytes
     opcodes: Counter[str] = field(default_factory=Counter)
+    early_reads: int = 0  # of global memory, before its role has waited for the kernel before
 
     def faults(self) -> list[str]:
         """What is wrong with it, in words."""
@@ -93,7 +93,7 @@ class Kernel:
         order = [opcode for opcode in self.opcodes if opcode in (WAIT, LAUNCH)]  # in order of appearance
         if rule.waits_before_launch and order != [WAIT, LAUNCH]:
             found.append(f"{label}: lets the next kernel start before it has waited itself, or not at all")
-        if rule.waits_before_reading and self.opcodes[EARLY_READ]:
+        if rule.waits_before_reading and self.early_reads:
             found.append(f"{label}: reads global memory before it has waited for the kernel before")
         found += [
             f"{label}: {self.opcodes[opcode]} x {opcode} in its SASS"
@@ -134,21 +134,19 @@ def read_log(log: str) -> tuple[dict[str, Kernel], list[str]]:
     return kernels, faults
 
 
-def count_opcodes(sass: str) -> dict[str, Counter[str]]:
-    """Opcodes (their first word) by symbol from nvdisasm's listing, and early reads."""
-    counts: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
+def read_sass(sass: str, kernels: dict[str, Kernel]) -> None:
+    """Count opcodes (their first word) and early reads of `kernels`, by symbol, in nvdisasm's listing."""
+    kernel: Kernel | None = None
     waited = False
     for line in sass.splitlines():
         if section := re.match(r"\.text\.(\S+):", line):
-            current = counts.setdefault(section[1], Counter())
+            kernel = kernels.get(section[1])
             waited = False
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line):
-            opcode = instruction[1]
-            current[opcode] += 1
+        elif kernel and (op := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)):
+            opcode = op[1]
+            kernel.opcodes[opcode] += 1
             waited = opcode == WAIT or (waited and opcode != ROLE)
-            current[EARLY_READ] += opcode == READ and not waited
-    return counts
+            kernel.early_reads += opcode == READ and not waited
 
 
 def compile_cubin(nvcc: Path, includes: Iterable[Path], source: Path, cubin: Path) -> str:
@@ -195,9 +193,7 @@ def check(sources: Iterable[Path], nvcc: Path, includes: Iterable[Path]) -> tupl
         kernels, faults = read_log(compile_cubin(nvcc, includes, source, cubin))
         if kernels:
             done = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True)
-            for symbol, opcodes in count_opcodes(done.stdout).items():
-                if symbol in kernels:
-                    kernels[symbol].opcodes = opcodes
+            read_sass(done.stdout, kernels)
         return list(kernels.values()), [*faults, *(fault for kernel in kernels.values() for fault in kernel.faults())]
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:

@@ -7,9 +7,10 @@ softmax weights to 16 bits alone exceeds the bounds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ import flashmla_backend
 
 POISON_PAGE = 2147480000
 SCALE = 576**-0.5
+Results = TypeVar("Results")
 
 
 @dataclass(frozen=True)
@@ -177,3 +179,13 @@ def problem_of(case: Case) -> Problem:
     return make_problem(
         case.lengths(), s_q=case.s_q, h_q=case.h_q, h_kv=case.h_kv, page_size=case.page_size, dtype=case.dtype
     )
+
+
+def capture(run: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
+    """A graph of what `run` enqueues, and what it returns, which every replay writes anew."""
+    run()  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results

@@ -11,7 +11,7 @@ import torch
 
 import flashmla_backend
 from flashmla_backend.leaves import MIN_LEAF_PAGES, MIN_SHARED_LEAF_PAGES
-from tests.kernels.problems import DTYPES, POISON_PAGE, SCALE, Problem, fault, make_problem, oracle, plan_of
+from tests.kernels.problems import DTYPES, POISON_PAGE, SCALE, Problem, capture, fault, make_problem, oracle, plan_of
 
 Record = Callable[[str, object], None]
 
@@ -147,11 +147,7 @@ def test_replayed_graphs(h_q: int, s_q: int, record_property: Record) -> None:
         again = plan_of(persistent, causal=True, batch_invariant=True, reuse=plan)
         return flashmla_backend.mla_decode(persistent.q, persistent.kv_cache, again, softmax_scale=SCALE)
 
-    step()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     alone = [decode(put_together(needles, [r], seed=r)) for r in range(12)]
     compared = 0
     for replay in range(20):

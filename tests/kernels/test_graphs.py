@@ -5,25 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import pytest
 import torch
 
 import flashmla_backend
-from tests.kernels.problems import SCALE, Problem, fault, make_problem, oracle, plan_of
-
-Results = TypeVar("Results")
-
-
-def capture(run: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
-    """A graph of what `run` enqueues, and what it returns, which every replay writes anew."""
-    run()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
+from tests.kernels.problems import SCALE, Problem, capture, fault, make_problem, oracle, plan_of
 
 
 @pytest.mark.parametrize("h_q, s_q", [(16, 1), (128, 2)])
