@@ -28,8 +28,11 @@ class Server:
 
 
 @contextmanager
-def serving(arguments: Sequence[str], environment: dict[str, str]) -> Iterator[Server]:
-    """`flashmla serve` with these arguments on a free port, once it answers; one SIGINT must end it cleanly."""
+def serving(arguments: Sequence[str], environment: dict[str, str], cpus: set[int] | None = None) -> Iterator[Server]:
+    """`flashmla serve` with these arguments on a free port, once it answers; one SIGINT must end it cleanly.
+
+    It runs on `cpus`, if not on all that this process may use.
+    """
     port = _free_port()
     process = subprocess.Popen(
         [str(FLASHMLA), "serve", "--port", str(port), *arguments],
@@ -38,6 +41,8 @@ def serving(arguments: Sequence[str], environment: dict[str, str]) -> Iterator[S
         stderr=subprocess.STDOUT,
         text=True,
     )
+    if cpus is not None:
+        os.sched_setaffinity(process.pid, cpus)  # its own processes inherit that
     server = Server(f"http://127.0.0.1:{port}", process, log=[])
     threading.Thread(target=lambda: server.log.extend(process.stdout or []), daemon=True).start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,5 +63,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         arguments = [str(checkpoint), "--name", name]
         arguments += ["--", "--dtype", "float32", "--max-model-len", "8192", "--block-size", "128"]
 
-    with serving(arguments, {"FLASHMLA_BACKEND_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1"}) as server:
+    environment = {"FLASHMLA_BACKEND_CACHE": str(cache), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    # vLLM's engine core spins, and its thread that sends the tokens then gets the interpreter only if it is on the same
+    # CPU: on two busy ones all tokens of an answer arrive at its end.
+    with serving(arguments, environment, cpus={min(os.sched_getaffinity(0))}) as server:
         yield Served(**vars(server), checkpoint=checkpoint, name=name, logprob_bound=logprob_bound)

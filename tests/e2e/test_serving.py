@@ -122,19 +122,15 @@ def test_a_cancelled_request_stops_and_the_server_answers_again(served: Served) 
         "stream": True,
         "ignore_eos": True,
     }
-    for _ in range(3):  # a machine busy with other work may make the whole answer before the first events arrive
-        before, begun = served.metric("vllm:generation_tokens_total"), time.monotonic()
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=300) as response:
-            events = (line for line in response.iter_lines() if line.startswith("data: "))
-            arrivals = [time.monotonic() - begun for _ in islice(events, 2)]  # of the role and of a token
-        deadline = time.monotonic() + 120
-        while served.metric("vllm:num_requests_running"):
-            assert time.monotonic() < deadline, "still running 120 s after the client went away"
-            time.sleep(0.2)
-        generated = served.metric("vllm:generation_tokens_total") - before
-        if generated < wanted:
-            break
-    assert 0 < generated < wanted, f"events after {arrivals} s:\n{''.join(served.log[-40:])}"
+    before = served.metric("vllm:generation_tokens_total")
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=120) as response:
+        events = (line for line in response.iter_lines() if line.startswith("data: "))
+        assert len(list(islice(events, 5))) == 5
+    deadline = time.monotonic() + 60
+    while served.metric("vllm:num_requests_running"):
+        assert time.monotonic() < deadline, "still running a minute after the client went away"
+        time.sleep(0.2)
+    assert 0 < served.metric("vllm:generation_tokens_total") - before < wanted
 
     prompt = prompt_of(70)
     errors = logprob_errors(served, prompt, 20, complete(served, prompt, 20))
