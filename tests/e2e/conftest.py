@@ -38,7 +38,7 @@ class Served(Server):
 
     def metric(self, name: str) -> float:
         """The sum of one of vLLM's Prometheus metrics."""
-        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        text = httpx.get(f"{self.url}/metrics").text
         values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, flags=re.MULTILINE)
         assert values, f"no metric {name}"
         return sum(map(float, values))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -115,6 +114,7 @@ def test_32_concurrent_requests_of_mixed_lengths(served: Served) -> None:
 
 def test_a_cancelled_request_stops_and_the_server_answers_again(served: Served) -> None:
     wanted = 7000
+    before = served.metric("vllm:generation_tokens_total")
     body = {
         "model": served.name,
         "messages": [{"role": "user", "content": "Tell me all."}],
@@ -122,13 +122,14 @@ def test_a_cancelled_request_stops_and_the_server_answers_again(served: Served) 
         "stream": True,
         "ignore_eos": True,
     }
-    before = served.metric("vllm:generation_tokens_total")
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=120) as response:
         events = (line for line in response.iter_lines() if line.startswith("data: "))
-        assert len(list(islice(events, 5))) == 5
-    deadline = time.monotonic() + 60
+        for _ in range(5):
+            next(events)
+        assert served.metric("vllm:num_requests_running") == 1
+    deadline = time.monotonic() + 30
     while served.metric("vllm:num_requests_running"):
-        assert time.monotonic() < deadline, "still running a minute after the client went away"
+        assert time.monotonic() < deadline, "still running 30 s after the client went away"
         time.sleep(0.2)
     assert 0 < served.metric("vllm:generation_tokens_total") - before < wanted
 
