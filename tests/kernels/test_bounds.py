@@ -11,7 +11,7 @@ import torch
 import flashmla_backend
 from flashmla_backend import OutOfBounds, bounds
 from flashmla_backend.plan import DecodePlan
-from tests.kernels.problems import POISON_PAGE, SCALE, Problem, fault, make_problem, oracle, plan_of
+from tests.kernels.problems import POISON_PAGE, SCALE, Problem, capture, fault, make_problem, oracle, plan_of
 
 LENGTHS = [3000, 0, 65, 9000, 700, 64]
 Spoil = Callable[[Problem], object]
@@ -205,11 +205,7 @@ def test_replays_of_a_graph() -> None:
         step_plan = plan_of(problem, causal=True, reuse=plan)
         return [*decode(problem, step_plan), *decode(problem, step_plan)]
 
-    step()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     expected = decode(sound, plan_of(sound, causal=True))
 
     spoils: list[tuple[int, Spoil, str]] = [
@@ -240,10 +236,7 @@ def test_layers_in_a_graph_with_an_old_plan() -> None:
     problem = make()
     plan = plan_of(problem, causal=True)
     expected = decode(problem, plan)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = decode(problem, plan)
+    graph, (out, lse) = capture(lambda: decode(problem, plan))
     problem.seq_lens[3] = 9064
     graph.replay()
     assert not out[3].any() and torch.equal(out[:3], expected[0][:3]) and torch.equal(lse[4:], expected[1][4:])

@@ -13,23 +13,12 @@ import torch
 
 from flashmla_backend import DecodePlan, mla_decode
 from tests.isolation import MODES, same_bits
-from tests.kernels.problems import POISON_PAGE, SCALE, Problem, plan_of
+from tests.kernels.problems import POISON_PAGE, SCALE, Problem, capture, plan_of
 
 BATCH, PAGES, LONGEST = 32, 400, 1500
 REPLAYS = 1500
 
 Results = list[torch.Tensor]
-Capture = Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]
-
-
-def capture_graph(step: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
-    """What replays the step, and the tensors that it then has written."""
-    step()  # loads the kernels
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph.replay, results
 
 
 def random_lengths(replays: int, edge: int, generator: torch.Generator) -> torch.Tensor:
@@ -65,9 +54,10 @@ def random_steps(caches: Results, h_q: int, s_q: int, width: int, replays: int) 
 
 
 def differing_replays(
-    h_q: int, h_kv: int, s_q: int, page_size: int, mode: dict[str, object], replays: int, device: str, capture: Capture
+    h_q: int, h_kv: int, s_q: int, page_size: int, mode: dict[str, object], replays: int
 ) -> list[int]:
     torch.manual_seed(h_q + s_q)
+    device = torch.device("cuda")
     caches = [torch.randn(PAGES, page_size, h_kv, 576, device=device).div_(10).bfloat16() for _ in range(2)]
 
     def layers(problem: Problem, plan: DecodePlan) -> Results:
@@ -85,13 +75,13 @@ def differing_replays(
         caches[0],
     )
     largest = plan_of(persistent, causal=True, **mode)
-    replay, captured = capture(lambda: layers(persistent, plan_of(persistent, causal=True, reuse=largest, **mode)))
+    graph, captured = capture(lambda: layers(persistent, plan_of(persistent, causal=True, reuse=largest, **mode)))
     differs = torch.zeros(replays, dtype=torch.bool, device=device)
     for index, problem in enumerate(random_steps(caches, h_q, s_q, width, replays)):
         persistent.q.copy_(problem.q)
         persistent.block_table.copy_(problem.block_table)
         persistent.seq_lens.copy_(problem.seq_lens)
-        replay()
+        graph.replay()
         eager = layers(problem, plan_of(problem, causal=True, **mode))
         same = [same_bits(ours[None], theirs[None]) for ours, theirs in zip(captured, eager, strict=True)]
         silent = (captured[3] == 0).flatten(1).all(1) | (problem.seq_lens > 0)  # padding has an answer of 0
@@ -111,4 +101,4 @@ def test_replays_equal_eager(
     record_property: Callable[[str, object], None],
 ) -> None:
     record_property("cases", REPLAYS)
-    assert not differing_replays(h_q, h_kv, s_q, page_size, mode, REPLAYS, "cuda", capture_graph)
+    assert not differing_replays(h_q, h_kv, s_q, page_size, mode, REPLAYS)
