@@ -51,14 +51,16 @@ class Rule:
     waits_before_reading: bool = False  # in every role
 
 
+# Each of three roles waits by itself.
+DECODE = Rule(
+    required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"),
+    waits=3,
+    waits_before_launch=True,
+    waits_before_reading=True,
+)
 RULES = {
-    # Each of three roles waits by itself.
-    "decode_kernel": Rule(
-        required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"),
-        waits=3,
-        waits_before_launch=True,
-        waits_before_reading=True,
-    ),
+    "decode_kernel": DECODE,
+    "decode_few_rows_kernel": DECODE,
     # Where nothing was cut, too.
     "combine_kernel": Rule(waits=2),
     "combine_leaves_kernel": Rule(waits=2),

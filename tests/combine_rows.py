@@ -17,6 +17,12 @@ def combined(program: Path, head: Iterable[int], data: Iterable[str]) -> torch.T
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def in_column_order(values: torch.Tensor) -> torch.Tensor:
-    """[rows, 2, 256]: of 32 columns, which four vectors of eight hold, each has every fourth pair."""
-    return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
+def in_column_order(values: torch.Tensor, few_rows: bool) -> torch.Tensor:
+    """[rows, 2, 256]: of 32 columns, which four vectors of eight hold, each has every fourth pair.
+
+    From the kernel of few rows these columns are two times sixteen neighbours, from two tiles of 64.
+    """
+    if not few_rows:
+        return values.unflatten(-1, (8, 4, 4, 2)).transpose(-3, -2).flatten(-4)
+    by_vector = values.unflatten(-1, (4, 2, 4, 2, 2, 2))  # warp, tiles, quad, tile, block, column
+    return by_vector.movedim((-5, -3, -6, -2, -4), (-6, -5, -4, -3, -2)).flatten(-6)

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     }
     const int64_t target =
         output_row<false>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
-    store_slice<kWords>(a.out, target, slice, pairs);
+    store_slice<kWords>(a.out, target, slice, false, pairs);
     if (slice == 0 && lane == 0) a.lse[target] = node.state.lse();
   }
 }

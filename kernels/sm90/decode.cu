@@ -11,6 +11,7 @@
 #include "sm90/combine.cuh"
 #include "sm90/combine_leaves.cuh"
 #include "sm90/decode.cuh"
+#include "sm90/few_rows/decode.cuh"
 #include "sm90/launch.cuh"
 
 namespace flashmla {
@@ -82,13 +83,24 @@ cudaError_t launch_combine(const flashmla_decode_params& p, const DecodeArgument
   return run(four, one);
 }
 
-template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
+// The decode kernel of at most kRows query rows, or of any number of tiles of 64.
+template <typename Element, bool kInvariant, bool kRagged, int kRows, int kClusterSize>
+constexpr auto kernel_of() {
+  if constexpr (kRows == kFewRows) {
+    return few_rows::decode_few_rows_kernel<Element, kRagged>;
+  } else {
+    return decode_kernel < Element, kInvariant, kRagged, kRows == kDealtRows ? 1 : 2,
+           kClusterSize > ;
+  }
+}
+
+template <typename Element, bool kInvariant, bool kRagged, int kRows, int kClusterSize>
 flashmla_status launch(const flashmla_decode_params& p, const DecodeArguments& arguments,
                        int device) {
   constexpr size_t kSharedBytes =
       sizeof(DecodeShared) + 1024;  // the driver aligns to 16 bytes, wgmma tiles to 1,024
   static std::atomic<uint64_t> allowed{0};
-  const auto decode = decode_kernel<Element, kInvariant, kRagged, kThreadRows, kClusterSize>;
+  const auto decode = kernel_of<Element, kInvariant, kRagged, kRows, kClusterSize>();
   if (const flashmla_status status = allow_shared_memory(reinterpret_cast<const void*>(decode),
                                                          kSharedBytes, device, &allowed))
     return status;
@@ -150,22 +162,26 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
   arguments.max_leaves = p.max_leaves;
   arguments.causal = p.causal != 0;
   arguments.scale_log2 = p.softmax_scale * kLog2E;
-  const auto launch_as = [&](auto invariant, auto ragged, auto thread_rows, auto cluster_size) {
+  const auto launch_as = [&](auto invariant, auto ragged, auto rows, auto cluster_size) {
     constexpr bool kInvariant = decltype(invariant)::value, kRagged = decltype(ragged)::value;
-    constexpr int kThreadRows = decltype(thread_rows)::value;
-    constexpr int kClusterSize = decltype(cluster_size)::value;
+    constexpr int kRows = decltype(rows)::value, kClusterSize = decltype(cluster_size)::value;
     return p.dtype == FLASHMLA_BF16
-               ? launch<__nv_bfloat16, kInvariant, kRagged, kThreadRows, kClusterSize>(p, arguments,
-                                                                                       device)
-               : launch<__half, kInvariant, kRagged, kThreadRows, kClusterSize>(p, arguments,
-                                                                                device);
+               ? launch<__nv_bfloat16, kInvariant, kRagged, kRows, kClusterSize>(p, arguments,
+                                                                                 device)
+               : launch<__half, kInvariant, kRagged, kRows, kClusterSize>(p, arguments, device);
   };
   const auto launch_mode = [&](auto invariant, auto ragged) {
     constexpr std::integral_constant<int, 1> one;
     constexpr std::integral_constant<int, 2> two;
-    if (arguments.rows <= kFewRows) return launch_as(invariant, ragged, one, one);
-    return row_tiles_of(arguments) % 2 == 0 ? launch_as(invariant, ragged, two, two)
-                                            : launch_as(invariant, ragged, two, one);
+    constexpr std::integral_constant<int, kFewRows> few;
+    constexpr std::integral_constant<int, kDealtRows> dealt;
+    constexpr std::integral_constant<int, kTileRows> many;
+    if constexpr (!decltype(invariant)::value) {
+      if (arguments.rows <= few) return launch_as(invariant, ragged, few, one);
+    }
+    if (arguments.rows <= dealt) return launch_as(invariant, ragged, dealt, one);
+    return row_tiles_of(arguments) % 2 == 0 ? launch_as(invariant, ragged, many, two)
+                                            : launch_as(invariant, ragged, many, one);
   };
   if (p.query_offsets != nullptr) return launch_mode(std::false_type{}, std::true_type{});
   return p.max_leaves == 0 ? launch_mode(std::false_type{}, std::false_type{})

@@ -20,6 +20,7 @@
 #include "sm90/producer.cuh"
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/copy.cuh"
+#include "sm90/ptx/matrix.cuh"
 #include "sm90/ptx/mbarrier.cuh"
 #include "sm90/ptx/sync.cuh"
 #include "sm90/ptx/wgmma.cuh"
@@ -130,38 +131,12 @@ __device__ __forceinline__ void rescale_output(float (&o)[128],
   }
 }
 
-// Where this thread's part of columns 16 k .. 16 k + 15 of P lies in the page's rope tile.
+// Where the row of columns 16 k .. 16 k + 15 of P that this thread names lies in the page's rope
+// tile, on the way from the left side's A-operand registers to the right side's.
 __device__ __forceinline__ uint32_t probabilities_address(uint8_t* tile, int k) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   const int row = warp * 16 + lane % 16, chunk = (lane / 16) ^ (row % 8);
   return ptx::smem_address(tile + row * 128 + chunk * 16) ^ (k * 32);
-}
-
-// From the left side's A-operand registers to the right side's.
-__device__ __forceinline__ void store_probabilities(uint8_t* tile, int k, const uint32_t (&p)[4]) {
-  const uint32_t address = probabilities_address(tile, k);
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void load_probabilities(uint8_t* tile, int k, uint32_t (&p)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(p[0]), "=r"(p[1]), "=r"(p[2]), "=r"(p[3])
-               : "r"(probabilities_address(tile, k))
-               : "memory");
-}
-
-// Zeroes the V rows from `valid_rows` on of one half of a page, by the warpgroup that reads it:
-// they may hold anything, NaN included, and 0 x NaN is NaN.
-__device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
-  valid_rows = max(valid_rows, 0);  // a length may end before this page: then all of it
-#pragma unroll 1
-  for (int i = threadIdx.x % 128; i < (kTileTokens - valid_rows) * kHalfTiles * 8; i += 128) {
-    const int row = valid_rows + i / (kHalfTiles * 8), tile = i / 8 % kHalfTiles, chunk = i % 8;
-    *reinterpret_cast<uint4*>(half[tile] + row * 128 + chunk * 16) = uint4{};
-  }
-  ptx::fence_async_proxy();
 }
 
 template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
@@ -241,7 +216,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         ptx::mma<typename ptx::Wgmma<Element>::Values>(p[k], v + k * ptx::kNextRows16, o,
                                                        k > 0 || !span.fresh);
         if (k >= 2) ptx::wgmma_commit();  // the last step is a group of its own
-        store_probabilities(shared.rope[stage], k, p[k]);
+        ptx::store_matrices(probabilities_address(shared.rope[stage], k), p[k]);
       }
       span.fresh = false;
 
@@ -334,7 +309,7 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
-  load_first_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, items);
+  load_first_queries<QueriesInTiles<kThreadRows>, kRagged>(a, shared, row_begin, kv_head, items);
   const int last = items.last;
   float o[128];
   uint32_t p[4][4];
@@ -376,7 +351,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
         }
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) load_probabilities(shared.rope[p_ring.stage], k, p[k]);
+      for (int k = 0; k < 4; ++k)
+        ptx::load_matrices(probabilities_address(shared.rope[p_ring.stage], k), p[k]);
       // The rope columns of the next page but one take this slot as soon as P is in registers. An
       // arrival alone would overtake the loads.
       ptx::fence_async_proxy();
@@ -428,22 +404,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
-    constexpr int kReleases = 4 * kClusterSize;  // of a slot, by the warps that read it
-    ptx::mbarrier_init(&shared.q_full, kQueryArrivals);
-    ptx::mbarrier_init(&shared.q_empty, 4);
-    for (int stage = 0; stage < kLeftStages; ++stage) {
-      for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.left_full[stage][pair], 1);
-      ptx::mbarrier_init(&shared.left_empty[stage], kReleases);
-      ptx::mbarrier_init(&shared.rope_full[stage], 1);
-      ptx::mbarrier_init(&shared.rope_empty[stage], kReleases);
-      ptx::mbarrier_init(&shared.p_full[stage], 128);  // all that wrote P and the factors
-    }
-    for (int stage = 0; stage < kRightStages; ++stage) {
-      for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
-      ptx::mbarrier_init(&shared.right_empty[stage], kReleases);
-      ptx::mbarrier_init(&shared.scores_issued[stage], 4);
-    }
-    ptx::mbarrier_init_fence();
+    init_barriers<kClusterSize>(shared);
   }
   if constexpr (kClusterSize > 1) {
     ptx::cluster_sync_relaxed();
@@ -454,20 +415,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Each role waits for the kernel before where its own code begins: that is fetched meanwhile.
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    ptx::register_decrease<kProducerRegisters>();
-    ptx::wait_for_previous_kernel();
-    // After that: the next kernel reads what this one has waited for before it waits itself.
-    ptx::let_next_kernel_start();
-    const PartItems items(a);
-    if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
-      stream_pages<false, kRagged, kClusterSize>(a, shared, kv_head, items);
-    } else if (threadIdx.x < 64) {
-      stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, items);
-    } else {
-      stream_queries<kRagged, kThreadRows>(a, shared, row_begin, kv_head, items);
-      if (threadIdx.x < 96 && blockIdx.x + kv_head == 0)
-        report_stale_plan(a, items.first, items.last);
-    }
+    run_producer<QueriesInTiles<kThreadRows>, kRagged, kClusterSize>(a, shared, row_begin, kv_head);
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
     ptx::wait_for_previous_kernel();
@@ -476,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                                                       items);
   } else {
     ptx::register_increase<kRightRegisters>();
-    zero_absent_rows<kThreadRows>(shared, a.rows - row_begin);
+    zero_absent_rows<QueriesInTiles<kThreadRows>>(shared, a.rows - row_begin);
     ptx::wait_for_previous_kernel();
     const PartItems items(a);
     run_right<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin,

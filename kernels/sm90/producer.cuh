@@ -1,11 +1,11 @@
-// What loads pages, by TMA, and the valid rows of Q, by cp.async: the producer warpgroup of the
-// decode kernel, and for a part's first item the right one.
+// The producer warpgroup of the decode kernels: two warps load pages, by TMA, two load Q.
 #pragma once
 
 #include "sm90/bounds.cuh"
 #include "sm90/decode_shared.cuh"
 #include "sm90/ptx/copy.cuh"
 #include "sm90/ptx/sync.cuh"
+#include "sm90/queries.cuh"
 
 namespace flashmla {
 
@@ -176,75 +176,22 @@ __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeSha
   }
 }
 
-constexpr int kQueryArrivals = 128;  // at q_full, by as many threads or by half
-
-// The valid rows of an item's Q by `kThreads` threads, each of which owns a 16-byte column of the
-// tiles in shared memory, of all rows or of every kStep-th.
-template <bool kRagged, int kThreadRows, int kThreads>
-__device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeShared& shared,
-                                             int row_begin, int kv_head, int request, int thread) {
-  constexpr int kStep = kThreads / (kQueryTiles * 8);  // rows
-  const int slot = thread / 8 % kQueryTiles, chunk = thread % 8;
-  const flashmla_query& part = slot == kFirstRegisterTile ? a.q_rope : a.q_latent;
-  const int column = slot == kFirstRegisterTile ? chunk * 8 : slot * 64 + chunk * 8;
-  const int rows = thread / 8 < kStep * kQueryTiles ? min(kTileRows, a.rows - row_begin) : 0;
-  const int own = request_rows<kRagged>(a, request);
-#pragma unroll 4
-  for (int r = thread / (kQueryTiles * 8); r < rows; r += kStep) {
-    const int row = kRagged ? min(row_begin + r, own - 1) : row_begin + r;
-    const int place = place_of_row<kThreadRows>(r);
-    ptx::copy_async_16(shared.q[slot] + place * 128 + ((chunk ^ (place % 8)) * 16),
-                       query_row<kRagged>(a, part, request, kv_head, row) + column);
-  }
-  ptx::copy_async_wait_all();
-  ptx::fence_async_proxy();
-  ptx::mbarrier_arrive<kQueryArrivals / kThreads>(&shared.q_full);
-}
-
-// Of the items that have pages the first, or the end.
-__device__ __forceinline__ int first_with_pages(const DecodeArguments& a, const PartItems& items) {
-  int i = items.first;
-  while (i < items.last && items.item(a, i).pages() == 0) ++i;
-  return i;
-}
-
-// By a warpgroup. Rows that do not exist are zero for good: what lies in shared memory could be NaN
-// or huge.
-template <int kThreadRows>
-__device__ __forceinline__ void zero_absent_rows(DecodeShared& shared, int rows) {
-#pragma unroll 1
-  for (int i = threadIdx.x % 128; i < kTileRows * 8; i += 128) {
-    const int row = kThreadRows == 1 ? few_rows_at(i / 8) : i / 8;
-    if (row < rows) continue;
-#pragma unroll
-    for (int tile = 0; tile < kQueryTiles; ++tile)
-      reinterpret_cast<uint4*>(shared.q[tile])[i] = uint4{};
-  }
-}
-
-// By a warpgroup. The first item's queries are waited for, so that two warps would be few.
-template <bool kRagged, int kThreadRows>
-__device__ __forceinline__ void load_first_queries(const DecodeArguments& a, DecodeShared& shared,
-                                                   int row_begin, int kv_head,
-                                                   const PartItems& items) {
-  const int first = first_with_pages(a, items);
-  if (first == items.last) return;
-  load_queries<kRagged, kThreadRows, 128>(a, shared, row_begin, kv_head,
-                                          items.item(a, first).request, threadIdx.x % 128);
-}
-
-// By two warps: those of all further items.
-template <bool kRagged, int kThreadRows>
-__device__ __forceinline__ void stream_queries(const DecodeArguments& a, DecodeShared& shared,
-                                               int row_begin, int kv_head, const PartItems& items) {
-  uint32_t parity = 0;
-  for (int i = first_with_pages(a, items) + 1; i < items.last; ++i) {
-    const Item item(__ldg(a.items + i));
-    if (item.pages() == 0) continue;
-    ptx::mbarrier_wait(&shared.q_empty, parity);
-    load_queries<kRagged, kThreadRows, 64>(a, shared, row_begin, kv_head, item.request,
-                                           threadIdx.x % 128 - 64);
-    parity ^= 1;
+template <typename Queries, bool kRagged, int kClusterSize>
+__device__ __forceinline__ void run_producer(const DecodeArguments& a, DecodeShared& shared,
+                                             int row_begin, int kv_head) {
+  ptx::register_decrease<kProducerRegisters>();
+  ptx::wait_for_previous_kernel();
+  // After that: the next kernel reads what this one has waited for before it waits itself.
+  ptx::let_next_kernel_start();
+  const PartItems items(a);
+  if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
+    stream_pages<false, kRagged, kClusterSize>(a, shared, kv_head, items);
+  } else if (threadIdx.x < 64) {
+    stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, items);
+  } else {
+    stream_queries<Queries, kRagged>(a, shared, row_begin, kv_head, items);
+    if (threadIdx.x < 96 && blockIdx.x + kv_head == 0)
+      report_stale_plan(a, items.first, items.last);
   }
 }
 

@@ -72,23 +72,33 @@ __device__ __forceinline__ void put_words(const uint32_t (&words)[kWords], Vecto
   }
 }
 
-// A lane's pairs of output columns to a row of the output, in the order of columns. Partial results
-// keep that of an accumulator: of 32 columns, which sixteen words hold, each four neighbours have
-// every fourth pair. All lanes of a warp together.
+// Where columns lie in partial results: as threads hold them in accumulators. Half a row is 32
+// blocks of eight columns; four blocks lie together, of which a vector has one pair each. They are
+// neighbours or, from the kernel of few rows, two pairs of neighbours from two tiles; there the
+// eight blocks that a warp has of all tiles lie side by side, so that it writes whole lines. Of
+// block `block` in memory, the place in the row's half.
+__device__ __forceinline__ int column_block(int block, bool few_rows) {
+  return few_rows ? (block & 6) << 2 | (block >> 2 & 6) | (block & 1) : block;
+}
+
+// A lane's pairs of output columns to a row of the output, in the order of columns. All lanes of a
+// warp together.
 template <int kWords>
-__device__ __forceinline__ void store_slice(void* out, int64_t row, int slice,
+__device__ __forceinline__ void store_slice(void* out, int64_t row, int slice, bool few_rows,
                                             uint32_t (&pairs)[kWords]) {
   const int lane = threadIdx.x % 32;
-  auto* const to =
-      static_cast<uint32_t*>(out) + (row * Slices<kWords>::kCount + slice) * 32 * kWords;
   if constexpr (kWords == 4) {
+    auto* const to =
+        static_cast<uint4*>(out) + (row * kRowHalves + slice) * (kLatent / kRowHalves / 8);
     transpose_quad(pairs);
-    reinterpret_cast<uint4*>(to)[lane] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    to[column_block(lane, few_rows)] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   } else {
+    auto* const to = static_cast<uint32_t*>(out) + row * (kLatent / 2);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const int word = kWords * lane + i;
-      to[word / 16 * 16 + word % 4 * 4 + word / 4 % 4] = pairs[i];
+      const int word = (slice * 32 + lane) * kWords + i;
+      const int block = word / 16 % 8 * 4 + word % 4;
+      to[word / 128 * 128 + column_block(block, few_rows) * 4 + word / 4 % 4] = pairs[i];
     }
   }
 }

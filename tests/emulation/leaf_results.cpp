@@ -219,7 +219,7 @@ int main() {
   int pages, rows, max_leaves, seed, descending, fp16;
   while (std::scanf("%d %d %d %d %d %d", &pages, &rows, &max_leaves, &seed, &descending, &fp16) ==
          6) {
-    const auto run_as = rows <= kFewRows ? runner<1>(fp16) : runner<2>(fp16);
+    const auto run_as = rows <= kDealtRows ? runner<1>(fp16) : runner<2>(fp16);
     run_as(pages, rows, max_leaves, seed, descending);
   }
 }
