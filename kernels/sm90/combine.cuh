@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     merge.template get_pairs<Element>(pairs);
     const int64_t target =
         output_row<kRagged>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
-    store_slice<kWords>(a.out, target, slice, a.rows <= kFewRows, pairs);
+    store_slice<kWords>(a.out, target, slice, has_few_rows(a.rows), pairs);
     if (slice == 0 && lane == 0) a.lse[target] = merge.log_sum();
   }
 }

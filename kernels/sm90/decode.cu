@@ -89,8 +89,8 @@ constexpr auto kernel_of() {
   if constexpr (kRows == kFewRows) {
     return few_rows::decode_few_rows_kernel<Element, kRagged>;
   } else {
-    return decode_kernel < Element, kInvariant, kRagged, kRows == kDealtRows ? 1 : 2,
-           kClusterSize > ;
+    constexpr int kThreadRows = kRows == kDealtRows ? 1 : 2;
+    return decode_kernel<Element, kInvariant, kRagged, kThreadRows, kClusterSize>;
   }
 }
 
@@ -177,7 +177,7 @@ flashmla_status flashmla_decode(const flashmla_decode_params* params) {
     constexpr std::integral_constant<int, kDealtRows> dealt;
     constexpr std::integral_constant<int, kTileRows> many;
     if constexpr (!decltype(invariant)::value) {
-      if (arguments.rows <= few) return launch_as(invariant, ragged, few, one);
+      if (has_few_rows(arguments.rows)) return launch_as(invariant, ragged, few, one);
     }
     if (arguments.rows <= dealt) return launch_as(invariant, ragged, dealt, one);
     return row_tiles_of(arguments) % 2 == 0 ? launch_as(invariant, ragged, many, two)

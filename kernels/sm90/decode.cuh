@@ -15,6 +15,7 @@
 #pragma once
 
 #include "sm90/bounds.cuh"
+#include "sm90/decode_common.cuh"
 #include "sm90/decode_shared.cuh"
 #include "sm90/output.cuh"
 #include "sm90/producer.cuh"

@@ -14,8 +14,11 @@ constexpr int kLatent = 512;
 constexpr int kRowHalves = 2;  // as O is kept, each one warpgroup's
 constexpr int kWidth = 576;
 constexpr int kTileRows = 64;   // query rows of a thread block
-constexpr int kFewRows = 16;    // at most for which free mode has a kernel of its own
 constexpr int kDealtRows = 32;  // at most that are dealt to all warps of a tile
+constexpr int kFewRows = 16;    // at most for which free mode has a kernel of its own
+
+// Whether that computes the partial results of so many rows, which says where columns lie in them.
+__host__ __device__ constexpr bool has_few_rows(int rows) { return rows <= kFewRows; }
 constexpr int kTileLog2 = 6;
 constexpr int kTileTokens = 1 << kTileLog2;  // KV tokens of a page as the schedule counts them
 constexpr int kTiles = kWidth / 64;

@@ -4,7 +4,6 @@
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/mbarrier.cuh"
-#include "sm90/ptx/sync.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla {
@@ -45,27 +44,6 @@ struct DecodeShared {
 static_assert(sizeof(DecodeShared) + 1024 <= 232448, "shared memory of an SM");
 
 static_assert(kLeftStages == 2, "blocks of a cluster take turns to load rope columns");
-
-// By one thread.
-template <int kClusterSize>
-__device__ __forceinline__ void init_barriers(DecodeShared& shared) {
-  constexpr int kReleases = 4 * kClusterSize;  // of a slot, by the warps that read it
-  ptx::mbarrier_init(&shared.q_full, kQueryArrivals);
-  ptx::mbarrier_init(&shared.q_empty, 4);
-  for (int stage = 0; stage < kLeftStages; ++stage) {
-    for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.left_full[stage][pair], 1);
-    ptx::mbarrier_init(&shared.left_empty[stage], kReleases);
-    ptx::mbarrier_init(&shared.rope_full[stage], 1);
-    ptx::mbarrier_init(&shared.rope_empty[stage], kReleases);
-    ptx::mbarrier_init(&shared.p_full[stage], 128);  // all that wrote P and the factors
-  }
-  for (int stage = 0; stage < kRightStages; ++stage) {
-    for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.right_full[stage][pair], 1);
-    ptx::mbarrier_init(&shared.right_empty[stage], kReleases);
-    ptx::mbarrier_init(&shared.scores_issued[stage], 4);
-  }
-  ptx::mbarrier_init_fence();
-}
 
 enum Barrier : int { kLeftGroup = 1, kRightGroup };  // named barriers; 0 is __syncthreads
 
@@ -114,18 +92,6 @@ __device__ __forceinline__ void release_half(ptx::Mbarrier* empty) {
   if (lane < kClusterSize) release<kClusterSize>(empty, lane);
 }
 
-// Zeroes the V rows from `valid_rows` on of one half of a page, by the warpgroup that reads it:
-// they may hold anything, NaN included, and 0 x NaN is NaN.
-__device__ __forceinline__ void zero_tail(Tile* half, int valid_rows) {
-  valid_rows = max(valid_rows, 0);  // a length may end before this page: then all of it
-#pragma unroll 1
-  for (int i = threadIdx.x % 128; i < (kTileTokens - valid_rows) * kHalfTiles * 8; i += 128) {
-    const int row = valid_rows + i / (kHalfTiles * 8), tile = i / 8 % kHalfTiles, chunk = i % 8;
-    *reinterpret_cast<uint4*>(half[tile] + row * 128 + chunk * 16) = uint4{};
-  }
-  ptx::fence_async_proxy();
-}
-
 struct Item {
   int request, page_begin, page_end, split;
   __device__ __forceinline__ explicit Item(int4 v)
@@ -161,9 +127,8 @@ __device__ __forceinline__ const uint16_t* query_row(const DecodeArguments& a,
 }
 
 // kThreadRows: rows of a 64-row accumulator that a thread holds and that may exist. Of two, rows
-// lie in order. Where there are few, rows are dealt to the warps, each to the first half of its
-// sixteen: so all four warps share their softmax and their output, and nobody looks at second
-// halves.
+// lie in order. Up to kDealtRows are dealt to the warps, each to the first half of its sixteen: so
+// all four warps share their softmax and their output, and nobody looks at second halves.
 template <int kThreadRows>
 __device__ __forceinline__ int accumulator_row(int r) {
   const int warp = threadIdx.x % 128 / 32, row = threadIdx.x % 32 / 4;

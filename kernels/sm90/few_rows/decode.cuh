@@ -1,15 +1,16 @@
-// Decode of at most kFewRows query rows a request and KV head: roles, rings and barriers of
-// decode.cuh, products with their operands exchanged.
+// Decode of at most kFewRows query rows a request and KV head: roles and rings of sm90/decode.cuh,
+// products with their operands exchanged.
 //
 //   left        S^T = K Q^T, softmax, P^T to shared memory, O^T[:256] += V^T P^T
 //   right       O^T[256:] += V^T P^T
 //
-// All of Q is in shared memory, P in the page's rope tile, which nobody reads after S. A row's
-// tokens are spread over the warps, so that its maximum is known to none of them. The vote about
-// rescaling is one of the warpgroup, at the barrier that P waits for anyway. What a row's numbers
-// come to is worked out by a lane of each warp.
+// All of Q is in shared memory, P in the page's rope tile, where both sides read it until they free
+// the page. A row's tokens are spread over the warps, so that its maximum is known to none of them.
+// The vote about rescaling is one of the warpgroup, at the barrier that P waits for anyway. What a
+// row's numbers come to is worked out by a lane of each warp.
 #pragma once
 
+#include "sm90/decode_common.cuh"
 #include "sm90/decode_shared.cuh"
 #include "sm90/few_rows/output.cuh"
 #include "sm90/few_rows/softmax.cuh"
@@ -92,14 +93,12 @@ struct Sums {
 template <typename Element, bool kRagged>
 __device__ __forceinline__ void store_item(const DecodeArguments& a, Shared& shared,
                                            const Item& item, int kv_head, int half, const Output& o,
-                                           float sum, bool& odd) {
+                                           float sum, ByWarp<Maximum>& largest) {
   Room& room = shared.rooms[threadIdx.x / 32 - 4];
   if (item.split < 0) {
     store_whole<Element, kRagged>(a, item, kv_head, half, o, inverse_of(sum), room);
   } else {
-    store_partial<kRagged>(a, item, kv_head, half, o, inverse_of(sum), room,
-                           half == 0 ? shared.left_largest : shared.right_largest[odd]);
-    odd = !odd;
+    store_partial<kRagged>(a, item, kv_head, half, o, inverse_of(sum), room, largest);
   }
 }
 
@@ -112,7 +111,6 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   Ring<kRightStages> right_ring;
   Sums sums;
   uint32_t q_parity = 0;
-  bool odd = false;
   Output o;
   float scores[kAccumulator];
   for (int i = items.first; i < items.last; ++i) {
@@ -174,7 +172,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ring.advance();
       right_ring.advance();
     }
-    store_item<Element, kRagged>(a, own, item, kv_head, 0, o, sum, odd);
+    store_item<Element, kRagged>(a, own, item, kv_head, 0, o, sum, own.left_largest);
     if (warp == 0 && lane < min(rows, kFewRows)) {
       const float lse = RowState{softmax.anchor, sum}.lse();
       if (item.split < 0) {
@@ -224,12 +222,16 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       start_values<Element>(shared.right[ring.stage], shared.rope[stage], first, o);
       if (final) sum = sums.wait(own, stage);
       wait_for_values(o);
+      __syncwarp();  // all lanes have read their sums and factors
+      // The left side's reads of P end with left_empty, which who loads rope columns waits for
+      // first.
       if (lane == 0) ptx::mbarrier_arrive(&shared.rope_empty[stage]);
       release_half<1>(&shared.right_empty[ring.stage]);
       ring.advance();
       p_ring.advance();
     }
-    store_item<Element, kRagged>(a, own, item, kv_head, 1, o, sum, odd);
+    store_item<Element, kRagged>(a, own, item, kv_head, 1, o, sum, own.right_largest[odd]);
+    odd = !odd;
   }
 }
 

@@ -60,7 +60,8 @@ template <typename Reduction>
 struct ByWarp {
   Line lines[4];
 
-  // Of a warp's threads that hold some of the same rows: each gives two of its rows away, then one.
+  // Of a warp's threads that hold some of the same rows: each gives two of its rows away, then one,
+  // and the two that are left with the same one agree on it.
   __device__ __forceinline__ void put(const float (&own)[kOwnRows]) {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     const bool upper = lane & 16, second = lane & 8;
