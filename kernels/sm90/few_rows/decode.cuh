@@ -231,7 +231,8 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
       p_ring.advance();
     }
     store_item<Element, kRagged>(a, own, item, kv_head, 1, o, sum, own.right_largest[odd]);
-    odd = !odd;
+    // Only where the barrier of partial results has shown that all have read the other one.
+    if (item.split >= 0) odd = !odd;
   }
 }
 
