@@ -5,7 +5,8 @@ hardware keeps: mbarriers (parity and arrivals of the open phase), named barrier
 MMAs, which read shared memory from their issue until their warp has waited for them: a warp's wait speaks for its own
 share only. Shared memory is a set of named regions; each holds a label that says whose data it is, and every read names
 the label that it expects. Ordinary stores must be fenced before an MMA or a copy touches what they wrote; ordinary
-loads may be overtaken by an arrival, until a fence or an MMA that needs the registers.
+loads may be overtaken by an arrival, until a fence or an MMA that needs the registers, unless only ordinary stores
+overwrite what they read.
 
 `explore` raises `Violation` when something goes wrong in any order, with the steps that lead there. Programs take turns
 after arrivals and before waits only: between these they do nothing that lets another one go on, so a conflict with
@@ -100,6 +101,8 @@ class _Machine:
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
         self.programs = protocol.programs
+        loads = [step for steps in self.programs.values() for step in steps if isinstance(step, Load)]
+        self.read_until_arrival = frozenset(load.region for load in loads if load.until_arrival)
 
     def explore(self) -> int:
         start = self._start()
@@ -178,8 +181,10 @@ class _Machine:
     def _perform(self, state: State, name: str, step: Step) -> None:
         match step:
             case Arrive(barrier, label):
+                state.loading[name] -= self.read_until_arrival
                 self._arrive(state, name, barrier, label)
             case BarArrive(barrier, label):
+                state.loading[name] -= self.read_until_arrival
                 self._round_completes(state, name, barrier, label, self.protocol.named_barriers[barrier])
             case Copy(regions=regions, label=label):
                 self._check_unused(state, regions, f"copy of {label}")
@@ -192,12 +197,12 @@ class _Machine:
                 state.unfenced[name] |= set(regions)
             case Fence():
                 state.unfenced[name] = frozenset()
-                state.loading[name] = frozenset()
-            case Load(region, label):
+                state.loading[name] &= self.read_until_arrival
+            case Load(region=region, label=label):
                 self._check_reads(state, ((region, label),), f"{name}'s load")
                 state.loading[name] |= {region}
             case Mma(reads):
-                state.loading[name] = frozenset()
+                state.loading[name] &= self.read_until_arrival
                 self._check_reads(state, reads, f"{name}'s MMA")
                 self._check_fenced(state, _regions(step), f"{name}'s MMA")
                 state.reading[name] |= set(_regions(step))

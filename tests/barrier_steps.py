@@ -60,10 +60,13 @@ class Fence(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Into registers, which it may take until the next Fence or Mma."""
+    """Into registers, which it may take until the next Fence or Mma; or, `until_arrival`, until this program's next
+    arrival. That is for regions that only ordinary stores overwrite: an arrival releases, so those come after loads
+    before it, whereas a copy writes by another proxy."""
 
     region: str
     label: Label
+    until_arrival: bool = False
 
 
 class Mma(NamedTuple):

@@ -1,14 +1,16 @@
-"""The barrier protocol of kernels/sm90/decode.cuh, for `barrier_machine` to run: the roles of one thread block, or of
-several, a cluster, each of which runs all of them. `placed` says what of a role's steps reaches the other blocks.
+"""The barrier protocols of the decode kernels, for `barrier_machine` to run: the roles of one thread block, or of
+several, a cluster, each of which runs all of them. Kernels differ in their consumers. `placed` says what of a role's
+steps reaches the other blocks.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Load, Mma, Protocol, Step, Store, Wait
-from tests.decode_pages import Scale, make_items
+from tests.decode_pages import Item, Scale, make_items
 from tests.decode_roles import (
     rope_loader,
     run_left,
@@ -19,6 +21,17 @@ from tests.decode_roles import (
 )
 
 Edit = Callable[[str, list[Step]], list[Step]]
+Role = Callable[[Sequence[Item], int, Scale], Iterator[Step]]  # by a warp
+
+
+@dataclass(frozen=True)
+class Consumers:
+    run_left: Role
+    run_right: Role
+    own_barriers: tuple[str, ...] = ()  # of each left stage, where all warps of the left side arrive
+
+
+DECODE = Consumers(run_left, run_right)
 
 
 def as_it_is(role: str, steps: list[Step]) -> list[Step]:
@@ -26,9 +39,13 @@ def as_it_is(role: str, steps: list[Step]) -> list[Step]:
 
 
 def protocol(
-    work: Sequence[str], scale: Scale, edit: Edit = as_it_is, scale_of: Mapping[str, Scale] | None = None
+    work: Sequence[str],
+    scale: Scale,
+    edit: Edit = as_it_is,
+    scale_of: Mapping[str, Scale] | None = None,
+    consumers: Consumers = DECODE,
 ) -> Protocol:
-    """The kernel's protocol over these items. `edit` may break a role's steps, `scale_of` give a role other rings."""
+    """A kernel's protocol over these items. `edit` may break a role's steps, `scale_of` give a role other rings."""
     items = make_items(work)
     other = scale_of or {}
     programs: dict[str, list[Step]] = {}
@@ -44,9 +61,10 @@ def protocol(
         add("stream_right", "stream_right", stream_right(items, other.get("stream_right", scale), block))
         for w in range(scale.warps):
             add(f"queries.{w}", "queries", stream_queries(items, w))
-            add(f"left.{w}", "left", run_left(items, w, other.get("left", scale)))
-            add(f"right.{w}", "right", run_right(items, w, other.get("right", scale)))
-        own = {on(block, barrier, scale): arrivals for barrier, arrivals in mbarriers_of_block(scale).items()}
+            add(f"left.{w}", "left", consumers.run_left(items, w, other.get("left", scale)))
+            add(f"right.{w}", "right", consumers.run_right(items, w, other.get("right", scale)))
+        of_block = mbarriers_of_block(scale, consumers)
+        own = {on(block, barrier, scale): arrivals for barrier, arrivals in of_block.items()}
         mbarriers |= own
         block_of |= dict.fromkeys(own, tuple(name for name in programs if name.endswith(on(block, "", scale))))
     groups = {
@@ -55,7 +73,7 @@ def protocol(
     return Protocol(programs, mbarriers, groups, block_of)
 
 
-def mbarriers_of_block(scale: Scale) -> dict[str, int]:
+def mbarriers_of_block(scale: Scale, consumers: Consumers) -> dict[str, int]:
     """And how many arrivals complete a phase."""
     releases = scale.warps * scale.blocks
     own_expect = 1 if scale.blocks > 1 else 0
@@ -64,6 +82,7 @@ def mbarriers_of_block(scale: Scale) -> dict[str, int]:
         mbarriers |= {f"left_full{pair}_{stage}": own_expect + scale.blocks for pair in range(scale.pairs)}
         mbarriers |= {f"rope_full_{stage}": own_expect + 1, f"p_full_{stage}": scale.warps}
         mbarriers |= {f"{barrier}_{stage}": releases for barrier in ("left_empty", "rope_empty")}
+        mbarriers |= {f"{barrier}_{stage}": scale.warps for barrier in consumers.own_barriers}
     for stage in range(scale.right_stages):
         mbarriers |= {f"right_full{pair}_{stage}": own_expect + scale.blocks for pair in range(scale.pairs)}
         mbarriers |= {f"right_empty_{stage}": releases, f"scores_issued_{stage}": scale.warps}
@@ -94,8 +113,8 @@ def placed(step: Step, block: int, scale: Scale) -> Iterator[Step]:
                 yield Arrive(on(target, barrier, scale), label)
         case Store(regions, label):
             yield Store(all_on(regions, block), label)
-        case Load(region, label):
-            yield Load(on(block, region, scale), label)
+        case Load():
+            yield step._replace(region=on(block, step.region, scale))
         case Mma(reads):
             yield Mma(tuple((on(block, region, scale), label) for region, label in reads))
         case Wait() | Arrive() | BarArrive() | BarWait():

@@ -133,7 +133,6 @@ def zero_tail(page: Page, stage: int, side: str, warp: int, scale: Scale) -> Ite
     parts = product(range(scale.pairs), range(scale.blocks))
     yield Store(tuple(tails_of_tile(side, pair, stage, loader, scale)[warp] for pair, loader in parts), zero(page))
     yield Fence(zero(page))
-    yield from sync(f"{side}_group", zero(page))
 
 
 def sync(barrier: str, label: Label) -> Iterator[Step]:
@@ -173,6 +172,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             yield from sync("left_group", s(page))
             if page.partial:
                 yield from zero_tail(page, stage, "left", warp, scale)
+                yield from sync("left_group", zero(page))
             yield Mma(values(page, stage, "left", scale))
             yield Store((f"rope_{stage}.{warp}", f"rescale_{stage}.{warp}"), p(page))
             if page.last:
@@ -205,6 +205,7 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
             yield ring.full(f"right_full{pair}")
         if page.partial:
             yield from zero_tail(page, stage, "right", warp, scale)
+            yield from sync("right_group", zero(page))
         if page.first:
             yield ring.full("scores_issued")
         yield p_ring.full("p_full")
