@@ -4,6 +4,7 @@
 #include "sm90/decode_shared.cuh"
 #include "sm90/ptx/mbarrier.cuh"
 #include "sm90/ptx/sync.cuh"
+#include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla {
 
@@ -26,6 +27,36 @@ __device__ __forceinline__ void init_barriers(DecodeShared& shared) {
     ptx::mbarrier_init(&shared.scores_issued[stage], 4);
   }
   ptx::mbarrier_init_fence();
+}
+
+// A page's column tiles as K, an operand of S.
+struct PageKeys {
+  uint64_t left, right, rope;
+
+  __device__ __forceinline__ PageKeys(const DecodeShared& shared,
+                                      const Ring<kLeftStages>& left_ring,
+                                      const Ring<kRightStages>& right_ring)
+      : left(ptx::matrix_descriptor(shared.left[left_ring.stage], 0)),
+        right(ptx::matrix_descriptor(shared.right[right_ring.stage], 0)),
+        rope(ptx::matrix_descriptor(shared.rope[left_ring.stage], 0)) {}
+
+  __device__ __forceinline__ uint64_t tile(int tile) const {
+    return tile == kRopeTile    ? rope
+           : tile >= kHalfTiles ? right + (tile - kHalfTiles) * ptx::kNextTile
+                                : left + tile * ptx::kNextTile;
+  }
+};
+
+// Until that column tile is there, of a pair with the first of it.
+__device__ __forceinline__ void wait_for_tile(DecodeShared& shared, const Ring<kLeftStages>& left,
+                                              const Ring<kRightStages>& right, int tile) {
+  if (tile == kRopeTile) {
+    ptx::mbarrier_wait(&shared.rope_full[left.stage], left.parity);
+  } else if (tile >= kHalfTiles && tile % 2 == 0) {
+    ptx::mbarrier_wait(&shared.right_full[right.stage][(tile - kHalfTiles) / 2], right.parity);
+  } else if (tile % 2 == 0) {
+    ptx::mbarrier_wait(&shared.left_full[left.stage][tile / 2], left.parity);
+  }
 }
 
 // Zeroes the V rows from `valid_rows` on of one half of a page, by the warpgroup that reads it:

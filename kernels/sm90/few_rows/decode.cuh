@@ -25,26 +25,15 @@ __device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kL
                                              float (&scores)[kAccumulator]) {
   using Mma = typename ptx::Wgmma<Element>::FewScores;
   const uint64_t q = ptx::matrix_descriptor(Shared::of(shared).q, 0);
-  const uint64_t left_k = ptx::matrix_descriptor(shared.left[left.stage], 0);
-  const uint64_t right_k = ptx::matrix_descriptor(shared.right[right.stage], 0);
-  const uint64_t rope_k = ptx::matrix_descriptor(shared.rope[left.stage], 0);
+  const PageKeys keys(shared, left, right);
   ptx::pin_registers(scores);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile == kRopeTile) {
-      ptx::mbarrier_wait(&shared.rope_full[left.stage], left.parity);
-    } else if (tile >= kHalfTiles && tile % 2 == 0) {
-      ptx::mbarrier_wait(&shared.right_full[right.stage][(tile - kHalfTiles) / 2], right.parity);
-    } else if (tile % 2 == 0) {
-      ptx::mbarrier_wait(&shared.left_full[left.stage][tile / 2], left.parity);
-    }
+    wait_for_tile(shared, left, right, tile);
     if (tile % 2 == 0) ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const uint64_t k = tile == kRopeTile    ? rope_k
-                         : tile >= kHalfTiles ? right_k + (tile - kHalfTiles) * ptx::kNextTile
-                                              : left_k + tile * ptx::kNextTile;
-      const uint64_t columns = step * ptx::kNextColumns16;
+      const uint64_t k = keys.tile(tile), columns = step * ptx::kNextColumns16;
       ptx::mma<Mma>(k + columns, q + tile * (FewQueries::kTileBytes >> 4) + columns, scores,
                     tile + step > 0);
     }
