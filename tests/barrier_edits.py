@@ -60,3 +60,22 @@ def moved(role: str, what: str, past: tuple[type, ...], by: int) -> Edit:
         return result
 
     return edit
+
+
+def systematic(consumers: Consumers, *roles: str) -> dict[str, Edit]:
+    """By name: every step of these roles, or of all, left out, every arrival a step early, every wait a step late."""
+
+    def chosen(*types: type) -> list[tuple[str, str]]:
+        return [(role, what) for role, what in kinds(consumers, *types) if not roles or role in roles]
+
+    return {
+        **{
+            f"{role} without {what}": without(role, what)
+            for role, what in chosen(Wait, Arrive, BarArrive, MmaWait, Fence)
+        },
+        **{
+            f"{role}, early {what}": moved(role, what, (Arrive, BarArrive), -1)
+            for role, what in chosen(Arrive, BarArrive)
+        },
+        **{f"{role}, late {what}": moved(role, what, (Wait, BarWait), 1) for role, what in chosen(Wait)},
+    }

@@ -8,9 +8,9 @@ from itertools import product
 
 import pytest
 
-from tests.barrier_edits import kind, kinds, moved, without
+from tests.barrier_edits import kind, systematic
 from tests.barrier_machine import Violation, explore, sample
-from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Fence, Load, MmaWait, Step, Wait
+from tests.barrier_steps import Arrive, Copy, Load, Step, Wait
 from tests.decode_pages import Scale
 from tests.decode_protocol import DECODE, Edit, protocol
 
@@ -48,17 +48,7 @@ def test_tiles_of_a_page_may_arrive_out_of_turn(work: tuple[str, ...]) -> None:
 PROBLEMS = ((("3p", "1p"), Scale(warps=1, pairs=1)), (("2p",), Scale(warps=2, pairs=1)))
 
 
-SYSTEMATIC = {
-    **{
-        f"{role} without {what}": without(role, what)
-        for role, what in kinds(DECODE, Wait, Arrive, BarArrive, MmaWait, Fence)
-    },
-    **{
-        f"{role}, early {what}": moved(role, what, (Arrive, BarArrive), -1)
-        for role, what in kinds(DECODE, Arrive, BarArrive)
-    },
-    **{f"{role}, late {what}": moved(role, what, (Wait, BarWait), 1) for role, what in kinds(DECODE, Wait)},
-}
+SYSTEMATIC = systematic(DECODE)
 
 # And why: the hold only lets Q and the first page be fetched before the second page, the wait for the page before only
 # leaves memory to what is needed first; scores_issued only keeps P V off the tensor cores until they have nothing

@@ -9,9 +9,9 @@ from itertools import product
 
 import pytest
 
-from tests.barrier_edits import kind, kinds, moved, without
+from tests.barrier_edits import kind, systematic
 from tests.barrier_machine import Violation, explore, sample
-from tests.barrier_steps import Arrive, BarArrive, BarWait, Fence, Load, MmaWait, Step, Store, Wait
+from tests.barrier_steps import Load, Step, Store
 from tests.decode_pages import Scale
 from tests.decode_protocol import Consumers, Edit, protocol
 from tests.few_rows_roles import FEW_ROWS, run_left, run_right
@@ -67,24 +67,7 @@ PROBLEMS = (
     (("3p", "1p"), Scale(warps=1, pairs=1)),
 )
 
-CONSUMERS = ("left", "right")
-SYSTEMATIC = {
-    **{
-        f"{role} without {what}": without(role, what)
-        for role, what in kinds(FEW_ROWS, Wait, Arrive, BarArrive, MmaWait, Fence)
-        if role in CONSUMERS
-    },
-    **{
-        f"{role}, early {what}": moved(role, what, (Arrive, BarArrive), -1)
-        for role, what in kinds(FEW_ROWS, Arrive, BarArrive)
-        if role in CONSUMERS
-    },
-    **{
-        f"{role}, late {what}": moved(role, what, (Wait, BarWait), 1)
-        for role, what in kinds(FEW_ROWS, Wait)
-        if role in CONSUMERS
-    },
-}
+SYSTEMATIC = systematic(FEW_ROWS, "left", "right")
 
 # And why: the left side fences P right after it has zeroed a tail.
 HARMLESS = {"left without Fence zero"}
