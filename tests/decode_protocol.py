@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Load, Mma, Protocol, Step, Store, Wait
 from tests.decode_pages import Item, Scale, make_items
 from tests.decode_roles import (
+    query_parts,
     rope_loader,
     run_left,
     run_right,
@@ -28,10 +29,11 @@ Role = Callable[[Sequence[Item], int, Scale], Iterator[Step]]  # by a warp
 class Consumers:
     run_left: Role
     run_right: Role
+    query_parts: Callable[[Scale], int]  # that Q arrives in
     own_barriers: tuple[str, ...] = ()  # of each left stage, where all warps of the left side arrive
 
 
-DECODE = Consumers(run_left, run_right)
+DECODE = Consumers(run_left, run_right, query_parts)
 
 
 def as_it_is(role: str, steps: list[Step]) -> list[Step]:
@@ -48,6 +50,7 @@ def protocol(
     """A kernel's protocol over these items. `edit` may break a role's steps, `scale_of` give a role other rings."""
     items = make_items(work)
     other = scale_of or {}
+    parts = consumers.query_parts(scale)
     programs: dict[str, list[Step]] = {}
     mbarriers: dict[str, int] = {}
     block_of: dict[str, tuple[str, ...]] = {}
@@ -57,10 +60,10 @@ def protocol(
             edited = edit(role, list(steps))
             programs[on(block, name, scale)] = [one for step in edited for one in placed(step, block, scale)]
 
-        add("stream_left", "stream_left", stream_left(items, other.get("stream_left", scale), block))
-        add("stream_right", "stream_right", stream_right(items, other.get("stream_right", scale), block))
+        add("stream_left", "stream_left", stream_left(items, other.get("stream_left", scale), block, parts))
+        add("stream_right", "stream_right", stream_right(items, other.get("stream_right", scale), block, parts))
         for w in range(scale.warps):
-            add(f"queries.{w}", "queries", stream_queries(items, w))
+            add(f"queries.{w}", "queries", stream_queries(items, w, parts))
             add(f"left.{w}", "left", consumers.run_left(items, w, other.get("left", scale)))
             add(f"right.{w}", "right", consumers.run_right(items, w, other.get("right", scale)))
         of_block = mbarriers_of_block(scale, consumers)
@@ -77,7 +80,8 @@ def mbarriers_of_block(scale: Scale, consumers: Consumers) -> dict[str, int]:
     """And how many arrivals complete a phase."""
     releases = scale.warps * scale.blocks
     own_expect = 1 if scale.blocks > 1 else 0
-    mbarriers = {"q_full_0": scale.warps, "q_empty_0": scale.warps}
+    mbarriers = {f"q_full{part}_0": scale.warps for part in range(consumers.query_parts(scale))}
+    mbarriers["q_empty_0"] = scale.warps
     for stage in range(scale.left_stages):
         mbarriers |= {f"left_full{pair}_{stage}": own_expect + scale.blocks for pair in range(scale.pairs)}
         mbarriers |= {f"rope_full_{stage}": own_expect + 1, f"p_full_{stage}": scale.warps}

@@ -11,7 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
-from tests.barrier_steps import Arrive, BarArrive, BarWait, Copy, Fence, Label, Load, Mma, MmaWait, Step, Store, Wait
+from tests.barrier_steps import (
+    Arrive,
+    BarArrive,
+    BarWait,
+    Copy,
+    Fence,
+    Label,
+    Load,
+    Mma,
+    MmaWait,
+    Reads,
+    Step,
+    Store,
+    Wait,
+)
 from tests.decode_pages import (
     Item,
     Page,
@@ -34,7 +48,7 @@ from tests.decode_pages import (
 
 
 def waits_for_queries(items: Sequence[Item]) -> bool:
-    return bool(items) and len(items[0]) > 1
+    return bool(items) and len(items[0]) in (2, 3)
 
 
 def stream_half(page: Page, ring: Ring, side: str, scale: Scale, block: int) -> Iterator[Step]:
@@ -69,7 +83,7 @@ def wait_until_empty(ring: Ring, barrier: str, stages: Sequence[int]) -> Iterato
         rest.advance()
 
 
-def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
+def stream_left(items: Sequence[Item], scale: Scale, block: int, query_parts: int) -> Iterator[Step]:
     ring = Ring(scale.left_stages)
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
@@ -81,7 +95,7 @@ def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Ste
         if loads:
             yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
         if hold:
-            yield Wait("q_full_0", parity=0, round=0)
+            yield Wait(f"q_full{query_parts - 1}_0", parity=0, round=0)
         hold = False
         ring.advance()
     if scale.blocks > 1:
@@ -90,40 +104,41 @@ def stream_left(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Ste
         yield from wait_until_empty(ring, "rope_empty", [at for at in stages if rope_loader(at, scale) == block])
 
 
-def stream_right(items: Sequence[Item], scale: Scale, block: int) -> Iterator[Step]:
+def stream_right(items: Sequence[Item], scale: Scale, block: int, query_parts: int) -> Iterator[Step]:
     ring = Ring(scale.right_stages)
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
         yield from stream_half(page, ring, "right", scale, block)
         if hold:
-            yield Wait("q_full_0", parity=0, round=0)
+            yield Wait(f"q_full{query_parts - 1}_0", parity=0, round=0)
         hold = False
         ring.advance()
     if scale.blocks > 1:
         yield from wait_until_empty(ring, "right_empty", range(scale.right_stages))
 
 
-def load_queries(index: int, warp: int) -> Iterator[Step]:
-    yield Store((f"q.{warp}",), q(index))
-    yield Fence(q(index))  # with the wait for this warp's own cp.async
-    yield Arrive("q_full_0", q(index))
+def load_queries(index: int, warp: int, parts: int) -> Iterator[Step]:
+    for part in range(parts):
+        yield Store((f"q{part}.{warp}",), q(index))
+        yield Fence(q(index))  # with the wait for this warp's own cp.async
+        yield Arrive(f"q_full{part}_0", q(index))
 
 
 def with_pages(items: Sequence[Item]) -> list[int]:
     return [index for index, item in enumerate(items) if item]
 
 
-def load_first_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
+def load_first_queries(items: Sequence[Item], warp: int, parts: int) -> Iterator[Step]:
     for index in with_pages(items)[:1]:
-        yield from load_queries(index, warp)
+        yield from load_queries(index, warp, parts)
 
 
-def stream_queries(items: Sequence[Item], warp: int) -> Iterator[Step]:
+def stream_queries(items: Sequence[Item], warp: int, parts: int) -> Iterator[Step]:
     ring = Ring(1)
     for index in with_pages(items)[1:]:
         ring.advance()
         yield ring.empty("q_empty")
-        yield from load_queries(index, warp)
+        yield from load_queries(index, warp, parts)
 
 
 # --- The consumers' roles.
@@ -140,14 +155,34 @@ def sync(barrier: str, label: Label) -> Iterator[Step]:
     yield BarWait(barrier)
 
 
-def start_scores(index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale) -> Iterator[Wait | Mma]:
-    query = holding(q(index), [f"q.{w}" for w in range(scale.warps)])
+def query_parts(scale: Scale) -> int:
+    """What goes with each pair of a page's left half, and the rest in shared memory."""
+    return scale.pairs + 1
+
+
+def start_scores(
+    index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale, parts: int, queries: Ring | None = None
+) -> Iterator[Wait | Mma]:
+    """`parts`: of Q; `queries`: if they must be waited for."""
+    waited = 0
+
+    def query(part: int) -> Iterator[Wait]:
+        nonlocal waited
+        if queries and part == waited:
+            yield queries.full(f"q_full{part}")
+            waited += 1
+
+    def holding_query(part: int) -> Reads:
+        return holding(q(index), [f"q{part}.{w}" for w in range(scale.warps)])
+
     for side, half in ("left", ring), ("right", right_ring):
         for pair in range(scale.pairs):
+            part = min(pair if side == "left" else scale.pairs, parts - 1)
+            yield from query(part)
             yield half.full(f"{side}_full{pair}")
-            yield Mma((*query, *holding(k(page), tiles(side, pair, half.stage, scale))))
+            yield Mma((*holding_query(part), *holding(k(page), tiles(side, pair, half.stage, scale))))
     yield ring.full("rope_full")
-    yield Mma((*query, *holding(k(page), rope(ring.stage, scale))))
+    yield Mma((*holding_query(parts - 1), *holding(k(page), rope(ring.stage, scale))))
 
 
 def pairs_ahead(scale: Scale) -> int:
@@ -160,9 +195,8 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
     for index, item in enumerate(items):
         if not item:
             continue
-        yield q_ring.full("q_full")
+        yield from start_scores(index, item[0], ring, right_ring, scale, query_parts(scale), q_ring)
         q_ring.advance()
-        yield from start_scores(index, item[0], ring, right_ring, scale)
         yield Arrive(f"scores_issued_{right_ring.stage}", s(item[0]))
         yield MmaWait(s(item[0]))
         for at, page in enumerate(item):
@@ -185,7 +219,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
                 yield MmaWait(pv(page))
                 yield Arrive(f"left_empty_{stage}", pv(page))
                 break
-            scores = list(start_scores(index, item[at + 1], ring, right_ring, scale))
+            scores = list(start_scores(index, item[at + 1], ring, right_ring, scale, query_parts(scale)))
             ahead = scores[: 2 * pairs_ahead(scale)]
             yield from ahead
             yield from hand_over
@@ -198,7 +232,7 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
 
 def run_right(items: Sequence[Item], warp: int, scale: Scale) -> Iterator[Step]:
     ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
-    yield from load_first_queries(items, warp)
+    yield from load_first_queries(items, warp, query_parts(scale))
     for page in (page for item in items for page in item):
         stage = ring.stage
         for pair in range(scale.pairs):

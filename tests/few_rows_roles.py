@@ -11,6 +11,8 @@ from tests.decode_pages import Item, Page, Ring, Scale, holding, of_page, p, pv,
 from tests.decode_protocol import Consumers
 from tests.decode_roles import load_first_queries, start_scores, sync, zero_tail
 
+QUERY_PARTS = 1
+
 
 def must_rescale(page: Page) -> bool:
     """By the scores, in the kernel: any page but the first may, or may not."""
@@ -62,11 +64,11 @@ def run_left(items: Sequence[Item], warp: int, scale: Scale, whole: Collection[i
     for index, item in enumerate(items):
         if not item:
             continue
-        yield q_ring.full("q_full")
+        yield q_ring.full("q_full0")
         q_ring.advance()
         for page in item:
             stage = ring.stage
-            yield from start_scores(index, page, ring, right_ring, scale)
+            yield from start_scores(index, page, ring, right_ring, scale, QUERY_PARTS)
             yield MmaWait(s(page))
             if page.final:
                 yield Arrive("q_empty_0", q(index))
@@ -99,7 +101,7 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale, whole: Collection[
     ring, p_ring = Ring(scale.right_stages), Ring(scale.left_stages)
     sums = Sums(scale)
     odd = 0
-    yield from load_first_queries(items, warp)
+    yield from load_first_queries(items, warp, QUERY_PARTS)
     for index, item in enumerate(items):
         for page in item:
             stage, p_stage = ring.stage, p_ring.stage
@@ -126,4 +128,4 @@ def run_right(items: Sequence[Item], warp: int, scale: Scale, whole: Collection[
             odd ^= 1  # here alone: nobody knows that all have read a buffer until they meet at the other one
 
 
-FEW_ROWS = Consumers(run_left, run_right, own_barriers=("sum_full",))
+FEW_ROWS = Consumers(run_left, run_right, lambda scale: QUERY_PARTS, own_barriers=("sum_full",))

@@ -81,12 +81,12 @@ template <int kClusterSize>
 constexpr int kTilesAhead = kClusterSize > 1 ? 2 : 0;
 
 // S [64, 64] = Q K^T of one page, a pair of tiles after the other as they arrive; of its column
-// tiles kFirst .. kEnd - 1.
-template <typename Element, int kFirst, int kEnd>
+// tiles kFirst .. kEnd - 1, before each of which `wait_for_query` is called.
+template <typename Element, int kFirst, int kEnd, typename WaitForQuery>
 __device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kLeftStages>& left,
                                              const Ring<kRightStages>& right,
-                                             const QueryRegisters& q_registers,
-                                             float (&scores)[32]) {
+                                             const QueryRegisters& q_registers, float (&scores)[32],
+                                             WaitForQuery wait_for_query) {
   using FromShared = typename ptx::Wgmma<Element>::Scores;
   using FromRegisters = typename ptx::Wgmma<Element>::ScoresFromRegisters;
   const uint64_t q = ptx::matrix_descriptor(shared.q, 0);
@@ -94,6 +94,7 @@ __device__ __forceinline__ void start_scores(DecodeShared& shared, const Ring<kL
   if constexpr (kFirst == 0) ptx::pin_registers(scores);
 #pragma unroll
   for (int tile = kFirst; tile < kEnd; ++tile) {
+    wait_for_query(tile);
     wait_for_tile(shared, left, right, tile);
     if (tile % 2 == 0) ptx::wgmma_fence();
 #pragma unroll
@@ -141,6 +142,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   uint32_t p[4][4];
   QueryRegisters q_registers;
   const int last = items.last;
+  const auto query_is_there = [](int) {};
   const auto load_query = [&](int request) {
     load_query_registers<kRagged, kThreadRows>(a, request, kv_head, row_begin, q_registers);
   };
@@ -168,9 +170,12 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
     Span<kInvariant> span(a, item, length);
 
     arrange_query_registers<kThreadRows>(q_registers);
-    ptx::mbarrier_wait(&shared.q_full, q_parity);
+    // Of the first page; for all others Q is there.
+    start_scores<Element, 0, kTiles>(shared, ring, right_ring, q_registers, scores, [&](int tile) {
+      if (tile < kFirstRegisterTile && tile % 2 == 0)
+        ptx::mbarrier_wait(&shared.q_full[tile / 2], q_parity);
+    });
     q_parity ^= 1;
-    start_scores<Element, 0, kTiles>(shared, ring, right_ring, q_registers, scores);
     if (lane == 0) ptx::mbarrier_arrive(&shared.scores_issued[right_ring.stage]);
     ptx::wgmma_wait<0>();
     ptx::pin_registers(scores);
@@ -244,13 +249,15 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       constexpr int kAhead = kTilesAhead<kClusterSize>;
       if constexpr (kAhead > 0) {
         ptx::wgmma_wait<1>();  // all but the last step: no registers for all of P beside S
-        start_scores<Element, 0, kAhead>(shared, ring, right_ring, q_registers, scores);
+        start_scores<Element, 0, kAhead>(shared, ring, right_ring, q_registers, scores,
+                                         query_is_there);
       }
       hand_over();  // no sooner: the right side waits for all of S anyway
       ptx::wgmma_wait<kAhead == 0 ? 0 : 1>();
       ptx::pin_registers(o);
       release_half<kClusterSize>(&shared.left_empty[stage]);
-      start_scores<Element, kAhead, kTiles>(shared, ring, right_ring, q_registers, scores);
+      start_scores<Element, kAhead, kTiles>(shared, ring, right_ring, q_registers, scores,
+                                            query_is_there);
       // What is issued takes a little longer, and so does the right side to take up the last page.
       if (lane == 0) ptx::mbarrier_arrive(&shared.scores_issued[right_ring.stage]);
       if constexpr (kInvariant) {

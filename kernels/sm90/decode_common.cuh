@@ -12,7 +12,7 @@ namespace flashmla {
 template <int kClusterSize>
 __device__ __forceinline__ void init_barriers(DecodeShared& shared) {
   constexpr int kReleases = 4 * kClusterSize;  // of a slot, by the warps that read it
-  ptx::mbarrier_init(&shared.q_full, kQueryArrivals);
+  for (ptx::Mbarrier& full : shared.q_full) ptx::mbarrier_init(&full, kQueryArrivals);
   ptx::mbarrier_init(&shared.q_empty, 4);
   for (int stage = 0; stage < kLeftStages; ++stage) {
     for (int pair = 0; pair < 2; ++pair) ptx::mbarrier_init(&shared.left_full[stage][pair], 1);

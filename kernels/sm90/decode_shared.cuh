@@ -16,7 +16,8 @@ constexpr int kRopeTile = kTiles - 1;
 constexpr int kRegisterTiles = 3;                     // of Q: the last latent ones
 constexpr int kQueryTiles = kTiles - kRegisterTiles;  // in shared memory
 constexpr int kFirstRegisterTile = kRopeTile - kRegisterTiles;
-constexpr int kQueryArrivals = 128;  // at q_full, by as many threads or by half
+constexpr int kQueryParts = kQueryTiles / 2;  // of Q, which arrives in pairs of tiles
+constexpr int kQueryArrivals = 128;           // at q_full, by as many threads or by half
 constexpr int kProducerRegisters = 56;
 constexpr int kLeftRegisters = 248;
 constexpr int kRightRegisters = 200;
@@ -33,8 +34,8 @@ struct DecodeShared {
   float sum[kLeftStages][kTileRows];      // of exponentials, of the item or leaf that ends here
   float anchor[kLeftStages][kTileRows];   // that they are relative to, in batch-invariant mode
   bool must_rescale[kLeftStages][4];      // by warp
-  ptx::Mbarrier q_full, q_empty;
-  // Each half of a page arrives in two pairs of tiles, so that S starts before it is complete.
+  // Q and each half of a page arrive in pairs of tiles, so that S starts before they are complete.
+  ptx::Mbarrier q_full[kQueryParts], q_empty;
   ptx::Mbarrier left_full[kLeftStages][2], left_empty[kLeftStages];
   ptx::Mbarrier right_full[kRightStages][2], right_empty[kRightStages];
   ptx::Mbarrier rope_full[kLeftStages], rope_empty[kLeftStages];

@@ -56,12 +56,15 @@ __device__ __forceinline__ void for_each_tile(const DecodeArguments& a, Box<kSma
   }
 }
 
-// Whether a part's second page waits until Q is there: the first S needs Q and one page, so these
-// go first. Not with a single page, since Q of the next item may be there by then, and a barrier
-// two phases ahead looks like one that never completed.
+// Whether a part's second page waits until Q is there, since the first S needs Q and one page:
+// where few pages are to come. Where there are many, memory should not rest. Not with a single
+// page: Q of the next item may be there by then, and a barrier two phases ahead looks like one that
+// never completed.
 __device__ __forceinline__ bool waits_for_queries(const DecodeArguments& a,
                                                   const PartItems& items) {
-  return items.first < items.last && items.item(a, items.first).pages() > 1;
+  if (items.first == items.last) return false;
+  const int pages = items.item(a, items.first).pages();
+  return pages == 2 || pages == 3;
 }
 
 // A box of a tile, for all blocks of the cluster. To be evicted first, a page would be gone before
@@ -100,7 +103,7 @@ __device__ __forceinline__ void wait_until_empty(Ring<kStages> ring,
   }
 }
 
-template <bool kSmallPages, bool kRagged, int kClusterSize>
+template <typename Queries, bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
                                             int kv_head, const PartItems& items) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
@@ -129,7 +132,7 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
         load_box<kRagged, kClusterSize>(a, shared.rope[stage] + box.offset,
                                         &shared.rope_full[stage], kv_head, page, row, kRopeTile);
     }
-    if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
+    if (hold) ptx::mbarrier_wait(&shared.q_full[Queries::kParts - 1], 0);
     hold = false;
     ring.advance();
   });
@@ -140,7 +143,7 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
   }
 }
 
-template <bool kSmallPages, bool kRagged, int kClusterSize>
+template <typename Queries, bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, const PartItems& items) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
@@ -158,7 +161,7 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
       load_box<kRagged, kClusterSize>(a, shared.right[stage][box.tile] + box.offset,
                                       &shared.right_full[stage][box.tile / 2], kv_head, page, row,
                                       kHalfTiles + box.tile);
-    if (hold) ptx::mbarrier_wait(&shared.q_full, 0);
+    if (hold) ptx::mbarrier_wait(&shared.q_full[Queries::kParts - 1], 0);
     hold = false;
     ring.advance();
   });
@@ -166,13 +169,13 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
 }
 
 // Warp 0 the left halves and rope columns, warp 1 the right halves.
-template <bool kSmallPages, bool kRagged, int kClusterSize>
+template <typename Queries, bool kSmallPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
                                              int kv_head, const PartItems& items) {
   if (threadIdx.x < 32) {
-    stream_left<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
+    stream_left<Queries, kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
   } else {
-    stream_right<kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
+    stream_right<Queries, kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
   }
 }
 
@@ -185,9 +188,9 @@ __device__ __forceinline__ void run_producer(const DecodeArguments& a, DecodeSha
   ptx::let_next_kernel_start();
   const PartItems items(a);
   if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
-    stream_pages<false, kRagged, kClusterSize>(a, shared, kv_head, items);
+    stream_pages<Queries, false, kRagged, kClusterSize>(a, shared, kv_head, items);
   } else if (threadIdx.x < 64) {
-    stream_pages<true, kRagged, kClusterSize>(a, shared, kv_head, items);
+    stream_pages<Queries, true, kRagged, kClusterSize>(a, shared, kv_head, items);
   } else {
     stream_queries<Queries, kRagged>(a, shared, row_begin, kv_head, items);
     if (threadIdx.x < 96 && blockIdx.x + kv_head == 0)

@@ -11,7 +11,7 @@ namespace flashmla {
 // dealt to the warps.
 template <int kThreadRows>
 struct QueriesInTiles {
-  static constexpr int kSlots = kQueryTiles, kPlaces = kTileRows;
+  static constexpr int kSlots = kQueryTiles, kPlaces = kTileRows, kParts = kQueryParts;
 
   __device__ __forceinline__ static uint8_t* tile(DecodeShared& shared, int slot) {
     return shared.q[slot];
@@ -20,22 +20,36 @@ struct QueriesInTiles {
     return kThreadRows == 1 ? dealt_row_at(place) : place;
   }
 
-  // Each thread owns a 16-byte column of the tiles, of all rows or of every kStep-th.
+  // Each thread owns a 16-byte column of every tile, of every kStep-th row: an address takes longer
+  // than a copy. Of kRows rows at a time it asks for one pair of tiles after the other.
   template <bool kRagged, int kThreads>
   __device__ __forceinline__ static void copy(const DecodeArguments& a, DecodeShared& shared,
                                               int row_begin, int kv_head, int request, int thread) {
-    constexpr int kStep = kThreads / (kSlots * 8);
-    const int slot = thread / 8 % kSlots, chunk = thread % 8;
-    const flashmla_query& part = slot == kFirstRegisterTile ? a.q_rope : a.q_latent;
-    const int column = slot == kFirstRegisterTile ? chunk * 8 : slot * 64 + chunk * 8;
-    const int rows = thread / 8 < kStep * kSlots ? min(kTileRows, a.rows - row_begin) : 0;
-    const int own = request_rows<kRagged>(a, request);
-#pragma unroll 4
-    for (int r = thread / (kSlots * 8); r < rows; r += kStep) {
-      const int row = kRagged ? min(row_begin + r, own - 1) : row_begin + r;
-      const int place = place_of_row<kThreadRows>(r);
-      ptx::copy_async_16(shared.q[slot] + place * 128 + ((chunk ^ (place % 8)) * 16),
-                         query_row<kRagged>(a, part, request, kv_head, row) + column);
+    constexpr int kStep = kThreads / 8, kRows = 4;
+    const int chunk = thread % 8;
+    const int rows = min(kTileRows, a.rows - row_begin), own = request_rows<kRagged>(a, request);
+#pragma unroll 1
+    for (int first = thread / 8; first < kTileRows; first += kRows * kStep) {
+      const uint16_t *latent[kRows], *rope[kRows];
+      uint8_t* to[kRows];
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const int r = first + j * kStep, place = place_of_row<kThreadRows>(r);
+        const int row = kRagged ? min(row_begin + r, own - 1) : row_begin + r;
+        latent[j] = query_row<kRagged>(a, a.q_latent, request, kv_head, row) + chunk * 8;
+        rope[j] = query_row<kRagged>(a, a.q_rope, request, kv_head, row) + chunk * 8;
+        to[j] = shared.q[0] + place * 128 + ((chunk ^ (place % 8)) * 16);
+      }
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+#pragma unroll
+        for (int j = 0; j < kRows; ++j) {
+          if (first + j * kStep < rows)
+            ptx::copy_async_16(to[j] + slot * ptx::kTileBytes,
+                               slot == kFirstRegisterTile ? rope[j] : latent[j] + slot * 64);
+        }
+        if (slot % 2 == 1) ptx::copy_async_commit();
+      }
     }
   }
 };
@@ -43,6 +57,7 @@ struct QueriesInTiles {
 // As B operand, which may have few rows: all its tiles.
 struct FewQueries {
   static constexpr int kSlots = kTiles, kPlaces = kFewRows, kTileBytes = kFewRows * 128;
+  static constexpr int kParts = 1;
 
   __device__ __forceinline__ static uint8_t* tile(DecodeShared& shared, int slot) {
     return shared.q[0] + slot * kTileBytes;
@@ -66,17 +81,25 @@ struct FewQueries {
         ptx::copy_async_16(to + slot * kTileBytes, latent + slot * 64);
       ptx::copy_async_16(to + kRopeTile * kTileBytes, rope);
     }
+    ptx::copy_async_commit();
   }
 };
+
+// Q's parts kPart .. kParts - 1, each as soon as it is there.
+template <int kPart, int kParts, int kThreads>
+__device__ __forceinline__ void hand_over_queries(DecodeShared& shared) {
+  ptx::copy_async_wait<kParts - 1 - kPart>();
+  ptx::fence_async_proxy();
+  ptx::mbarrier_arrive<kQueryArrivals / kThreads>(&shared.q_full[kPart]);
+  if constexpr (kPart + 1 < kParts) hand_over_queries<kPart + 1, kParts, kThreads>(shared);
+}
 
 // The valid rows of an item's Q by `kThreads` threads.
 template <typename Queries, bool kRagged, int kThreads>
 __device__ __forceinline__ void load_queries(const DecodeArguments& a, DecodeShared& shared,
                                              int row_begin, int kv_head, int request, int thread) {
   Queries::template copy<kRagged, kThreads>(a, shared, row_begin, kv_head, request, thread);
-  ptx::copy_async_wait_all();
-  ptx::fence_async_proxy();
-  ptx::mbarrier_arrive<kQueryArrivals / kThreads>(&shared.q_full);
+  hand_over_queries<0, Queries::kParts, kThreads>(shared);
 }
 
 // Of the items that have pages the first, or the end.

@@ -84,7 +84,7 @@ def hold_for_a_single_page(name: str, steps: list[Step]) -> list[Step]:
     if not name.startswith("stream"):
         return steps
     first_page = max(at for at, step in enumerate(steps) if isinstance(step, Copy) and step.label == "k 0")
-    return [*steps[: first_page + 1], Wait("q_full_0", parity=0, round=0), *steps[first_page + 1 :]]
+    return [*steps[: first_page + 1], Wait("q_full1_0", parity=0, round=0), *steps[first_page + 1 :]]
 
 
 def read_factors(before: str = "", after: str = "") -> Edit:
@@ -129,7 +129,7 @@ def one_p_full_for_both_slots(name: str, steps: list[Step]) -> list[Step]:
 @pytest.mark.parametrize(
     ("work", "edit", "message"),
     [
-        (("1", "1"), hold_for_a_single_page, "stream_.* may still wait for phase 0 of q_full_0"),
+        (("1", "1"), hold_for_a_single_page, "stream_.* may still wait for phase 0 of q_full1_0"),
         (("2",), read_factors(before="Wait p_full"), "right.*load expects p 1 in rescale_1"),
         (
             ("3", "1"),

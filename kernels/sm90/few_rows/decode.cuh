@@ -119,7 +119,7 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
       ptx::pin_register(more[r]);  // or every page would work it out
     }
     OnlineSoftmax softmax;
-    ptx::mbarrier_wait(&shared.q_full, q_parity);
+    ptx::mbarrier_wait(&shared.q_full[0], q_parity);
     q_parity ^= 1;
     float sum = 0.0f;  // of the lane's row
     for (int page = item.page_begin; page < item.page_end; ++page) {

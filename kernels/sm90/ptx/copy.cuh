@@ -45,8 +45,15 @@ __device__ __forceinline__ void copy_async_16(void* destination, const void* sou
                : "memory");
 }
 
-__device__ __forceinline__ void copy_async_wait_all() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+// What this thread has asked for since the last time becomes a group.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until no more than the last `kPending` groups are on their way.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace flashmla::ptx
