@@ -8,9 +8,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from performance_measures import GOAL, best_rival, compared, goal, ours, ragged_ratios, speed_up
+from performance_measures import (
+    GOAL,
+    RAGGED_GOAL,
+    best_rival,
+    compared,
+    goal,
+    ours,
+    ragged_ratios,
+    speed_up,
+    tokens,
+)
 from performance_reports import RESULTS, Reports, Row
-from performance_tables import RAGGED_GOAL, tokens
 
 from flashmla_backend.errors import Unsupported
 

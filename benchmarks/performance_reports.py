@@ -18,6 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 HISTORY_HEAD = ("device", "torch", "date", "commit", "command", "read_reduce_GBs", "mm8192_TFLOPs")
 HISTORY_ROW = ("h", "s", "b", "len", "kind", "sum", "ideal_us", "best_rival_us")
 
+MISSING = "not in this report"
+
 Report = dict[str, Any]
 Row = dict[str, Any]
 

@@ -11,6 +11,7 @@ import performance
 import performance_plots
 import performance_reports
 import performance_tables
+import performance_targets
 import pytest
 from performance_measures import as_fixed, excess, matmul_share, ours, ragged_ratios
 
@@ -99,10 +100,10 @@ def test_what_is_measured_against_what() -> None:
 
 def test_targets_are_met_or_not(reports: performance_reports.Reports) -> None:
     slow = row(16, 1, 1, 4096, "fixed", 9.1, 15.0)
-    assert "| b=1, 4K, 16 heads | <= 9 us | 9.1 us | 15.0 us | not met |" in performance_tables.targets(
+    assert "| b=1, 4K, 16 heads | <= 9 us | 9.1 us | 15.0 us | not met |" in performance_targets.targets(
         with_rows(reports, slow)
     )
-    table = performance_tables.targets(with_rows(reports, row(16, 1, 1, 4096, "fixed", 9.0, 15.0)))
+    table = performance_targets.targets(with_rows(reports, row(16, 1, 1, 4096, "fixed", 9.0, 15.0)))
     assert "| 9.0 us | 15.0 us | met |" in table
     assert "| b=8, 1K, 16 heads | <= 9 us | not in this report |" in table
     assert "least | >= 0.98 | 1.667, 0 of 1 below |  | met |" in table
@@ -114,7 +115,7 @@ def test_what_calls_at_the_goal_would_be() -> None:
         row(16, 1, 1, 64, "fixed", 10.0, 20.0, ideal_us=1.0),
         row(16, 1, 8, 64, "fixed", 50.0, 100.0, ideal_us=25.0),
     ]
-    said = performance_tables.reachable(rows)
+    said = performance_targets.reachable(rows)
     everywhere, batches = (20 / 5.08 * 100 / 31) ** 0.5, (20 / 10 * 100 / 31) ** 0.5
     assert f"would be {everywhere:.3f}; were all there but the 1 with single requests, {batches:.3f}." in said
 
