@@ -11,8 +11,8 @@ from flashmla_backend.bench.contenders import OURS
 
 FIXED_COST_US = 4.0  # what a call may take beyond the ideal: launches, prologue, epilogue
 GOAL_OF_IDEAL = 1.08  # and of it
-RAGGED_GOAL = 1.06  # times an even batch of as many tokens
 GOAL = f"{GOAL_OF_IDEAL} ideal + {FIXED_COST_US:.0f} us"
+RAGGED_GOAL = 1.06  # times an even batch of as many tokens
 
 Time = Callable[[Row], float]
 
@@ -74,7 +74,3 @@ def ragged_ratios(rows: Sequence[Row], time: Time) -> list[tuple[Row, float]]:
 def long_rows(rows: Iterable[Row]) -> list[Row]:
     """Batches in which the arithmetic outweighs everything else."""
     return [r for r in rows if r["h"] == 128 and r["b"] == 128 and r["len"] >= 8192 and r["kind"] == "fixed"]
-
-
-def tokens(length: int) -> str:
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)

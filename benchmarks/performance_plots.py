@@ -17,9 +17,8 @@ from performance_measures import (
     ours,
     ragged_ratios,
     speed_up,
-    tokens,
 )
-from performance_reports import RESULTS, Reports, Row
+from performance_reports import RESULTS, Reports, Row, tokens
 
 from flashmla_backend.errors import Unsupported
 

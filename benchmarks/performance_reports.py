@@ -102,3 +102,7 @@ def write_histories(reports: Reports, results: Path = RESULTS) -> None:
     """One report a line."""
     for file, history_of_device in reports.histories.items():
         (results / file).write_text("[\n" + ",\n".join(json.dumps(report) for report in history_of_device) + "\n]\n")
+
+
+def tokens(length: int) -> str:
+    return f"{length // 1024}K" if length % 1024 == 0 else str(length)

@@ -17,9 +17,8 @@ from performance_measures import (
     ours,
     ragged_ratios,
     speed_up,
-    tokens,
 )
-from performance_reports import MISSING, Report, Reports, Row
+from performance_reports import MISSING, Report, Reports, Row, tokens
 
 from flashmla_backend.bench import report as kernels_report
 from flashmla_backend.bench import tables

@@ -83,7 +83,7 @@ def wait_until_empty(ring: Ring, barrier: str, stages: Sequence[int]) -> Iterato
         rest.advance()
 
 
-def stream_left(items: Sequence[Item], scale: Scale, block: int, query_parts: int) -> Iterator[Step]:
+def stream_left(items: Sequence[Item], scale: Scale, block: int, parts: int) -> Iterator[Step]:
     ring = Ring(scale.left_stages)
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
@@ -95,7 +95,7 @@ def stream_left(items: Sequence[Item], scale: Scale, block: int, query_parts: in
         if loads:
             yield Copy(rope(ring.stage, scale), k(page), f"rope_full_{ring.stage}")
         if hold:
-            yield Wait(f"q_full{query_parts - 1}_0", parity=0, round=0)
+            yield Wait(f"q_full{parts - 1}_0", parity=0, round=0)
         hold = False
         ring.advance()
     if scale.blocks > 1:
@@ -104,13 +104,13 @@ def stream_left(items: Sequence[Item], scale: Scale, block: int, query_parts: in
         yield from wait_until_empty(ring, "rope_empty", [at for at in stages if rope_loader(at, scale) == block])
 
 
-def stream_right(items: Sequence[Item], scale: Scale, block: int, query_parts: int) -> Iterator[Step]:
+def stream_right(items: Sequence[Item], scale: Scale, block: int, parts: int) -> Iterator[Step]:
     ring = Ring(scale.right_stages)
     hold = waits_for_queries(items)
     for page in (page for item in items for page in item):
         yield from stream_half(page, ring, "right", scale, block)
         if hold:
-            yield Wait(f"q_full{query_parts - 1}_0", parity=0, round=0)
+            yield Wait(f"q_full{parts - 1}_0", parity=0, round=0)
         hold = False
         ring.advance()
     if scale.blocks > 1:
@@ -163,26 +163,20 @@ def query_parts(scale: Scale) -> int:
 def start_scores(
     index: int, page: Page, ring: Ring, right_ring: Ring, scale: Scale, parts: int, queries: Ring | None = None
 ) -> Iterator[Wait | Mma]:
-    """`parts`: of Q; `queries`: if they must be waited for."""
-    waited = 0
+    """`parts`: of Q; `queries`: if each must be waited for."""
 
-    def query(part: int) -> Iterator[Wait]:
-        nonlocal waited
-        if queries and part == waited:
-            yield queries.full(f"q_full{part}")
-            waited += 1
-
-    def holding_query(part: int) -> Reads:
+    def query(part: int) -> Reads:
         return holding(q(index), [f"q{part}.{w}" for w in range(scale.warps)])
 
     for side, half in ("left", ring), ("right", right_ring):
         for pair in range(scale.pairs):
             part = min(pair if side == "left" else scale.pairs, parts - 1)
-            yield from query(part)
+            if queries and (side == "left" or pair == 0):
+                yield queries.full(f"q_full{part}")
             yield half.full(f"{side}_full{pair}")
-            yield Mma((*holding_query(part), *holding(k(page), tiles(side, pair, half.stage, scale))))
+            yield Mma((*query(part), *holding(k(page), tiles(side, pair, half.stage, scale))))
     yield ring.full("rope_full")
-    yield Mma((*holding_query(parts - 1), *holding(k(page), rope(ring.stage, scale))))
+    yield Mma((*query(parts - 1), *holding(k(page), rope(ring.stage, scale))))
 
 
 def pairs_ahead(scale: Scale) -> int:
