@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import toolkit
@@ -49,18 +49,19 @@ class Rule:
     waits: int = 0  # for the kernel before, as many as there are ways to where it matters
     waits_before_launch: bool = False  # the next kernel may start only when this one has waited
     waits_before_reading: bool = False  # in every role
+    steps_apart: int = 0  # of P V, each behind exponentials of its own; not in batch-invariant mode
 
 
 # Each of three roles waits by itself.
-DECODE = Rule(
+FEW_ROWS = Rule(
     required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"),
     waits=3,
     waits_before_launch=True,
     waits_before_reading=True,
 )
 RULES = {
-    "decode_kernel": DECODE,
-    "decode_few_rows_kernel": DECODE,
+    "decode_kernel": replace(FEW_ROWS, steps_apart=4),
+    "decode_few_rows_kernel": FEW_ROWS,
     # Where nothing was cut, too.
     "combine_kernel": Rule(waits=2),
     "combine_leaves_kernel": Rule(waits=2),
@@ -70,6 +71,7 @@ RULES = {
 }
 WAIT, LAUNCH = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
 READ, ROLE = "LDG", "USETMAXREG"  # of global memory; with what the code of a role begins
+VALUES, EXPONENTIAL = "HGMMA.64x256", "MUFU.EX2"  # a step of P V
 
 
 @dataclass
@@ -83,6 +85,8 @@ class Kernel:
     static_shared: int = 0  # bytes
     opcodes: Counter[str] = field(default_factory=Counter)
     early_reads: int = 0  # of global memory, before its role has waited for the kernel before
+    batch_invariant: bool = False
+    steps_apart: int = 0  # of P V, between which and the one before there are exponentials
 
     def faults(self) -> list[str]:
         """What is wrong with it, in words."""
@@ -97,6 +101,8 @@ class Kernel:
             found.append(f"{label}: lets the next kernel start before it has waited itself, or not at all")
         if rule.waits_before_reading and self.early_reads:
             found.append(f"{label}: reads global memory before it has waited for the kernel before")
+        if self.steps_apart < rule.steps_apart and not self.batch_invariant:
+            found.append(f"{label}: works out exponentials of several steps of P V before it starts the first of them")
         found += [
             f"{label}: {self.opcodes[opcode]} x {opcode} in its SASS"
             for opcode in rule.forbidden
@@ -123,6 +129,7 @@ def read_log(log: str) -> tuple[dict[str, Kernel], list[str]]:
         symbol = block.partition("'")[0]
         name, element = demangle(symbol)
         kernel = kernels[symbol] = Kernel(name, element)
+        kernel.batch_invariant = bool(re.search(r"decode_kernelI\d+__\w+?Lb1", symbol))
         kernel.spills = sum(map(int, re.findall(r"(\d+) bytes spill", block)))
         kernel.registers = int(re.search(r"Used (\d+) registers", block)[1])  # type: ignore[index]
         if shared := re.search(r"(\d+) bytes smem", block):
@@ -137,18 +144,21 @@ def read_log(log: str) -> tuple[dict[str, Kernel], list[str]]:
 
 
 def read_sass(sass: str, kernels: dict[str, Kernel]) -> None:
-    """Count opcodes (their first word) and early reads of `kernels`, by symbol, in nvdisasm's listing."""
+    """Count opcodes (their first word), early reads and steps of `kernels`, by symbol, in nvdisasm's listing."""
     kernel: Kernel | None = None
-    waited = False
+    waited = exponentials = False
     for line in sass.splitlines():
         if section := re.match(r"\.text\.(\S+):", line):
             kernel = kernels.get(section[1])
-            waited = False
+            waited = exponentials = False
         elif kernel and (op := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)):
             opcode = op[1]
             kernel.opcodes[opcode] += 1
             waited = opcode == WAIT or (waited and opcode != ROLE)
             kernel.early_reads += opcode == READ and not waited
+            step = VALUES in line
+            kernel.steps_apart += step and exponentials
+            exponentials = EXPONENTIAL in line or (exponentials and not step)
 
 
 def compile_cubin(nvcc: Path, includes: Iterable[Path], source: Path, cubin: Path) -> str:

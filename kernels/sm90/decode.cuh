@@ -202,10 +202,13 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
         ptx::named_barrier_sync(kLeftGroup, 128);
       }
 
-      // Each k step of P V starts while the next one's exponentials are computed.
+      // Each k step of P V starts while the next one's exponentials are computed. In
+      // batch-invariant mode the last three start together: with branches there are too few
+      // registers.
       const uint64_t v = ptx::matrix_descriptor(shared.left[stage], ptx::kTileBytes);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        if (!kInvariant && k > 0) ptx::keep_order(a.batch, k);
         softmax.template exponentiate<Element>(scores, k, a.scale_log2, p[k]);
         ptx::wgmma_fence();
         ptx::mma<typename ptx::Wgmma<Element>::Values>(p[k], v + k * ptx::kNextRows16, o,

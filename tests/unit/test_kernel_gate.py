@@ -78,6 +78,25 @@ def test_a_decode_kernel_that_reads_too_early_is_faulted(tmp_path: Path) -> None
     assert too_early not in faults_of(source.format(f"{wait} x[0] = y[0];"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "steps, symbol, faulted",
+    [
+        ("EHEHEHEH", "_ZN8flashmla13decode_kernelI6__halfLb0ELb0EEEv", False),
+        ("EHEEEHHH", "_ZN8flashmla13decode_kernelI6__halfLb0ELb0EEEv", True),
+        ("EHEEEHHH", "_ZN8flashmla13decode_kernelI6__halfLb1ELb0EEEv", False),  # batch-invariant
+    ],
+)
+def test_steps_that_wait_for_exponentials_of_later_ones_are_faulted(steps: str, symbol: str, faulted: bool) -> None:
+    code = {"E": "MUFU.EX2 R1, R1 ;", "H": "HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR16].tnspB, R24, gsb0 ;"}
+    right = "HHHH"  # the other side's, whose probabilities are there
+    log = f"Compiling entry function '{symbol}' for 'sm_90a'\nptxas info    : Used 168 registers"
+    kernels, _ = check_kernels.read_log(log)
+    lines = [f".text.{symbol}:", *(f"        /*{i:04x}*/   {code[x]}" for i, x in enumerate(steps + right))]
+    check_kernels.read_sass("\n".join(lines), kernels)
+    found = [fault for fault in kernels[symbol].faults() if "exponentials of several steps" in fault]
+    assert bool(found) == faulted
+
+
 @pytest.mark.parametrize("code", check_kernels.BAD_CODES)
 def test_complaints_of_ptxas_are_faults(code: str) -> None:
     _, faults = check_kernels.read_log(
