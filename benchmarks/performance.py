@@ -1,6 +1,6 @@
 """Write the tables of docs/performance.md and draw its plots, from the newest reports under benchmarks/results.
 
-    python benchmarks/performance.py            # after a new kernels-h100-DATE.json, steps-... or any other it shows
+    python benchmarks/performance.py            # after a new kernels-h200-DATE.json, steps-... or any other it shows
     python benchmarks/performance.py --check    # change nothing; exit code 1 if the document is not of these reports
 
 A table stands between `<!-- made: NAME -->` and `<!-- end -->`; all else is text, and is left alone. The plots go to

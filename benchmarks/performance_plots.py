@@ -148,9 +148,9 @@ def clean(axes: Any) -> None:
 
 
 PLOTS: dict[str, Callable[[Any, Reports], None]] = {
-    "performance-map-h100.png": speed_up_map,
-    "performance-ideal-h100.png": against_ideal,
-    "performance-ragged-h100.png": ragged_cost,
+    "performance-map-h200.png": speed_up_map,
+    "performance-ideal-h200.png": against_ideal,
+    "performance-ragged-h200.png": ragged_cost,
 }
 
 

@@ -25,7 +25,8 @@ Row = dict[str, Any]
 
 
 class Reports(NamedTuple):
-    """`kernels` is that of the H100. `histories`, by file, hold each device's newest report too, last."""
+    """`kernels` is that of the H200, whose kernels are the newest. `histories`, by file, hold each device's newest
+    report too, last."""
 
     kernels: Report
     kernels_path: Path
@@ -37,6 +38,7 @@ class Reports(NamedTuple):
     short_prefills: Report
     host_time: Report
     bounds_cost: Report
+    power: Report
 
     def of_each_device(self) -> list[Report]:
         return [self.kernels, *self.other_devices]
@@ -48,15 +50,15 @@ class Reports(NamedTuple):
 
 def load(results: Path = RESULTS) -> Reports:
     """Read the newest of each kind. Raises FileNotFoundError naming the kind that is not there."""
-    kernels_path, kernels = newest(results, "kernels-h100")
+    kernels_path, kernels = newest(results, "kernels-h200")
     others = {
-        device: newest(results, f"kernels-{device}")[1] for device in ("h200",) if found(results, f"kernels-{device}")
+        device: newest(results, f"kernels-{device}")[1] for device in ("h100",) if found(results, f"kernels-{device}")
     }
     return Reports(
         kernels=kernels,
         kernels_path=kernels_path,
         other_devices=list(others.values()),
-        histories=dict(history(results, *one) for one in {"h100": kernels, **others}.items()),
+        histories=dict(history(results, *one) for one in {"h200": kernels, **others}.items()),
         steps=[
             newest(results, f"steps-{run}")[1] for run in ("v3-attention-h100", "v3-attention-h200", "v2-lite-h200")
         ],
@@ -65,6 +67,7 @@ def load(results: Path = RESULTS) -> Reports:
         short_prefills=newest(results, "short-prefills-h200")[1],
         host_time=newest(results, "host-time-h100")[1],
         bounds_cost=newest(results, "bounds-cost-h100")[1],
+        power=newest(results, "power-h200")[1],
     )
 
 

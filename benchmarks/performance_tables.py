@@ -18,6 +18,7 @@ from performance_measures import (
     ragged_ratios,
     speed_up,
 )
+from performance_power import power
 from performance_reports import MISSING, Report, Reports, Row, tokens
 from performance_targets import targets
 
@@ -230,6 +231,7 @@ SECTIONS: dict[str, Callable[[Reports], str]] = {
         targets,
         distance,
         matmul,
+        power,
         ragged,
         worst,
         history,

@@ -46,10 +46,10 @@ def test_its_links_lead_somewhere(reports: performance_reports.Reports) -> None:
 
 def test_another_report_makes_it_stale(reports: performance_reports.Reports, tmp_path: Path) -> None:
     slower = [{**one, "ours": {**one["ours"], "us": 2 * one["ours"]["us"]}} for one in reports.kernels["rows"]]
-    path = tmp_path / "kernels-h100-2100-01-01.json"
+    path = tmp_path / "kernels-h200-2100-01-01.json"
     path.write_text(json.dumps({**reports.kernels, "date": "2100-01-01T00:00:00+00:00", "rows": slower}))
     newest = json.loads(path.read_text())
-    history = "kernels-history-h100.json"
+    history = "kernels-history-h200.json"
     later = reports._replace(
         kernels=newest,
         kernels_path=path,
