@@ -15,8 +15,7 @@ from flashmla_backend.bench.tables import markdown
 
 
 def steps(reports: Reports) -> str:
-    """Those of the model in which attention is much of the step, device by device, then of one with few heads; README
-    has all of the H100's."""
+    """Those of the model in which attention is much of the step, device by device, then of one with few heads."""
     return "\n\n".join(map(steps_of_run, reports.steps))
 
 
