@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from performance_reports import Reports
-from power import MATMUL
+from power import MATMUL, SIDE
 
 from flashmla_backend.bench.tables import markdown
 
@@ -14,7 +14,7 @@ def power(reports: Reports) -> str:
     (matmul,) = (row for row in report["rows"] if row["impl"] == MATMUL)
     lines = []
     for row in report["rows"]:
-        shape = "8192 x 8192 x 8192" if row is matmul else f"{row['heads']} heads, s_q {row['s_q']}"
+        shape = f"{SIDE} x {SIDE} x {SIDE}" if row is matmul else f"{row['heads']} heads, s_q {row['s_q']}"
         share = row["tflops"] / matmul["tflops"]
         rates = [f"{row['tflops']:.0f}", f"{share:.0%}", f"{row['gbs']:.0f}" if "gbs" in row else "-"]
         lines.append([shape, row["impl"], *rates, f"{row['watts']:.0f}", f"{row['pj_per_flop']:.2f}"])

@@ -24,10 +24,12 @@ import torch
 from flashmla_backend.bench.contenders import load
 from flashmla_backend.bench.problems import Shape, make_pool, make_problem
 from flashmla_backend.bench.provenance import provenance, write
+from flashmla_backend.bench.timing import Stopwatch
 
 MATMUL, SIDE = "matmul", 8192
 SHAPES = [Shape(heads, s_q, 128, 8192, "fixed") for heads, s_q in ((16, 1), (64, 1), (128, 1), (128, 2), (128, 4))]
 SAMPLE_MS = 20
+CALLS = 8  # in a graph
 
 
 class Sample(NamedTuple):
@@ -35,13 +37,17 @@ class Sample(NamedTuple):
     watts: float
 
 
+def nvidia_smi(device: torch.device, field: str) -> list[str]:
+    """The command that prints one field of this device, a number."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return ["nvidia-smi", "-i", f"GPU-{uuid}", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+
+
 class Sampler:
     """nvidia-smi beside the calls; a context manager. Raises FileNotFoundError where there is none."""
 
     def __init__(self, device: torch.device):
-        query = "--query-gpu=power.draw.instant"
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        command = ["nvidia-smi", "-i", uuid, query, "--format=csv,noheader,nounits", "-lms", str(SAMPLE_MS)]
+        command = [*nvidia_smi(device, "power.draw.instant"), "-lms", str(SAMPLE_MS)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.samples: list[Sample] = []
         self.thread = threading.Thread(target=self._read, daemon=True)
@@ -65,30 +71,23 @@ class Sampler:
         return [sample.watts for sample in self.samples if begin <= sample.at <= end]
 
 
-def run_for(seconds: float, call: Callable[[], Any]) -> tuple[float, float, float]:
-    """Call without a pause; microseconds of a call in the second half, and when that began and ended."""
-    call()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for _ in range(8):
-            call()
-    begin, halfway, times = time.monotonic(), 0.0, []
-    while (now := time.monotonic()) < begin + seconds:
-        halfway = halfway or (now if now > begin + seconds / 2 else 0.0)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        for _ in range(10):  # so that the host's look at the clock is no pause to speak of
-            graph.replay()
-        events[1].record()
-        events[1].synchronize()
-        if halfway:
-            times.append(events[0].elapsed_time(events[1]) * 1e3 / 80)
+def run_for(seconds: float, call: Callable[[], Any], device: torch.device) -> tuple[float, float, float]:
+    """Call again and again; microseconds of a call in the second half, and when that began and ended."""
+    watch = Stopwatch([call] * CALLS, device)
+    begin = time.monotonic()
+    while time.monotonic() < begin + seconds / 2:
+        watch.measure()
+    halfway = time.monotonic()
+    times: list[float] = []
+    while not times or time.monotonic() < begin + seconds:
+        times.append(watch.measure().median_us)
     return statistics.median(times), halfway, time.monotonic()
 
 
-def measure(seconds: float, sampler: Sampler, flops: int, call: Callable[[], Any]) -> dict[str, Any]:
-    us, begin, end = run_for(seconds, call)
+def measure(
+    seconds: float, sampler: Sampler, flops: int, call: Callable[[], Any], device: torch.device
+) -> dict[str, Any]:
+    us, begin, end = run_for(seconds, call, device)
     samples = sampler.between(begin, end)
     if not samples:
         raise RuntimeError("nvidia-smi said nothing in the meantime: give --seconds more")
@@ -121,13 +120,13 @@ def measure_all(impls: Sequence[str], seconds: float, device: torch.device) -> l
         )
 
     with Sampler(device) as sampler:
-        keep({"impl": MATMUL, **measure(seconds, sampler, 2 * SIDE**3, lambda: x @ y)})
+        keep({"impl": MATMUL, **measure(seconds, sampler, 2 * SIDE**3, lambda: x @ y, device)})
         for shape in SHAPES:
             problem = make_problem(pool, shape.lengths(), shape.heads, shape.s_q)
             for contender in contenders:
                 (call,) = contender.prepare(problem)
                 row: dict[str, Any] = {"heads": shape.heads, "s_q": shape.s_q, "impl": contender.name}
-                row |= measure(seconds, sampler, problem.flops, call)
+                row |= measure(seconds, sampler, problem.flops, call, device)
                 keep({**row, "gbs": round(problem.bytes / float(row["us"]) / 1e3, 1)})
     return rows
 
@@ -143,16 +142,14 @@ def main() -> None:
     parser.add_argument("--commit", help="for the report, where git cannot tell")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("no GPU here: clocks and power are a GPU's")
+        sys.exit("no GPU here: what is measured is a GPU's power")
     device = torch.device("cuda", torch.cuda.current_device())
     rows = measure_all(arguments.impls.split(","), arguments.seconds, device)
     if arguments.out:
         name = torch.cuda.get_device_name(device)
         report = provenance(name, ["python", "benchmarks/power.py", *sys.argv[1:]], arguments.commit)
-        limit = subprocess.run(
-            ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"], capture_output=True, text=True
-        ).stdout.split()
-        write({**report, "power_limit_w": [float(watts) for watts in limit], "rows": rows}, arguments.out)
+        limit = float(subprocess.check_output(nvidia_smi(device, "power.limit"), text=True))
+        write({**report, "power_limit_w": [limit], "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

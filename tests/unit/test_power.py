@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def test_samples_count_from_the_first_moment_to_the_last() -> None:
     sampler.samples = [power.Sample(at, 100.0 * at) for at in (1.0, 2.0, 3.0, 4.0)]
     assert sampler.between(2.0, 3.0) == [200.0, 300.0]
     assert sampler.between(5.0, 6.0) == []
+
+
+def test_calls_are_timed_in_the_second_half() -> None:
+    began: list[float] = []
+    us, halfway, end = power.run_for(0.02, lambda: began.append(time.monotonic()), torch.device("cpu"))
+    assert us > 0 and began[0] < halfway < began[-1] < end
+    assert len(began) % power.CALLS == 0
 
 
 def test_the_table_holds_every_row_against_the_matmul() -> None:
