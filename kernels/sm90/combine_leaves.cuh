@@ -163,30 +163,24 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
   constexpr bool kDiscards = kWords > 1;  // of few rows it would take longer than it saves
   __shared__ SharedNode<kWords> shared[kCombineWarps], waiting[kCombineWarps][Tree::kLevels];
   ptx::let_next_kernel_start();
+  fetch_arguments(a);
   // What the decode kernel had waited for before it let this one start need not be waited for
   // again.
   CutRequests requests(a);
-  const int splits = __ldg(a.split_offsets + a.batch);
-  if (splits == 0) return ptx::wait_for_previous_kernel();
+  const auto [units, group_log2, blocks] =
+      Shares::of<kWords, Tree::kInFlight>(a, requests, __ldg(a.split_offsets + a.batch));
+  if (blockIdx.x >= blocks) return ptx::wait_for_previous_kernel();
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int cut = requests.count(), rows = a.all_rows.divisor, units = Slices::kCount * cut * rows;
-  // The pieces of a slice are shared among as many warps as there are, a power of two, each of
-  // which has a subtree; but no more than leave each, of a cut request's on average, over half of
-  // what it asks for at once.
-  const int warps = gridDim.x * kCombineWarps;
-  const int group_log2 =
-      min(kCombineWarpsLog2,
-          min(log2_of_ratio(warps, units), log2_of_ratio(2 * splits - 1, Tree::kInFlight * cut)));
-  const int group = 1 << group_log2;
-  const int member = warp & (group - 1), per_round = gridDim.x * kCombineWarps >> group_log2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = a.all_rows.divisor;
+  const int group = 1 << group_log2, member = warp & (group - 1);  // each has a subtree
   Tree tree(waiting[warp]);
-  for (int base = 0; base < units; base += per_round) {
-    const int unit = base + (warp >> group_log2) * gridDim.x + blockIdx.x;
+  for (uint32_t base = 0; base < units; base += blocks * (kCombineWarps >> group_log2)) {
+    const uint32_t unit = base + (warp >> group_log2) * blocks + blockIdx.x;
     const bool real = unit < units;
-    const int slice = unit % Slices::kCount, row = a.all_rows.remainder(unit / Slices::kCount);
+    const int slice = unit % Slices::kCount, all_row = unit / Slices::kCount;
+    const int row = a.all_rows.remainder(all_row);
     CutRequest request{};
-    if (real) request = requests(a.all_rows.divide(unit / Slices::kCount));
+    if (real) request = requests(a.all_rows.divide(all_row));
     const int active = min(group, request.count);  // members with a subtree of the request
     ptx::wait_for_previous_kernel();
     SliceNode<kWords> node;
@@ -227,7 +221,7 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     }
     const int64_t target =
         output_row<false>(a, request.number, a.head_rows.divide(row), a.head_rows.remainder(row));
-    store_slice<kWords>(a.out, target, slice, false, pairs);
+    SliceOutput<kWords>(a.out, target, slice, false).store(pairs);
     if (slice == 0 && lane == 0) a.lse[target] = node.state.lse();
   }
 }

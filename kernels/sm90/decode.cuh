@@ -402,6 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<DecodeShared*>(raw_shared + padding);
   const int row_begin = blockIdx.x * kTileRows, kv_head = blockIdx.y;
 
+  fetch_arguments(a);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
     init_barriers<kClusterSize>(shared);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "flashmla/decode.h"
+#include "sm90/ptx/order.cuh"
 
 namespace flashmla {
 
@@ -82,6 +83,17 @@ struct DecodeArguments {
   int box_log2;      // a TMA box holds 2^box_log2 tokens of a page: 64, or a smaller page
   const int32_t* query_offsets;  // null unless requests differ in their query tokens
 };
+
+// Has the constant cache fetch all arguments at once: later the first look at each 64 bytes would
+// wait for them.
+__device__ __forceinline__ void fetch_arguments(const DecodeArguments& a) {
+  const auto* const words = reinterpret_cast<const uint32_t*>(&a);
+  uint32_t all = 0;
+#pragma unroll
+  for (size_t i = sizeof(CUtensorMap) / 4; i < sizeof(DecodeArguments) / 4; i += 16)
+    all ^= words[i];
+  if (all == 1) ptx::use_pointer(a.items);  // hardly ever so, and without effect
+}
 
 // kRagged: requests differ in their query tokens, which lie one after the other, without padding.
 // Row tiles are of the most that any has; rows past a request's own are computed as its last one,

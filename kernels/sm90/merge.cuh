@@ -3,8 +3,8 @@
 
 #include <climits>
 
+#include "sm90/pieces.cuh"
 #include "sm90/ptx/math.cuh"
-#include "sm90/slice.cuh"
 
 namespace flashmla {
 
@@ -28,6 +28,12 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ float exp_fast(float x) { return ptx::exp2_fast(x * kLog2E); }
 
+// Of numbers 0 .. 1; NaN counts for nothing. As integers, for which a warp has an instruction.
+__device__ __forceinline__ float warp_sum_of_weights(float weight) {
+  constexpr float kUnit = 1 << 26;  // 32 of which times 1 are within 32 bits
+  return __reduce_add_sync(~0u, __float2uint_rn(weight * kUnit)) * (1.0f / kUnit);
+}
+
 // A warp's Merge, for another warp to read.
 template <int kWords>
 struct SharedMerge {
@@ -41,47 +47,44 @@ struct Merge {
   float maximum = kNegativeInfinity, sum = 0.0f;
   float2 out[kWords] = {};
 
-  // Sums up `count` partial results, the states of which lie `stride` apart from `states` on. Each
-  // lane reads and weighs one of 32: instructions that all lanes run for every piece are felt.
-  template <int kInFlight, bool kDiscards>
-  __device__ __forceinline__ void add_pieces(const Slices<kWords>& slices,
-                                             const PartialState* states, int half, int stride,
-                                             int count) {
+  // Sums up partial results, of which the first states and vectors have been asked for; `half`:
+  // which of a row the slice is of. Each lane reads and weighs one of 32: instructions that all
+  // lanes run for every piece are felt.
+  template <bool kDiscards, int kInFlight>
+  __device__ __forceinline__ void add_pieces(const Pieces<kWords, kInFlight>& pieces, uint2 state,
+                                             Vector<kWords> (&x)[kInFlight], int half) {
     const int lane = threadIdx.x % 32;
-    for (int base = 0; base < count; base += 32) {
-      const int here = min(32, count - base);
-      uint2 state = make_uint2(__float_as_uint(kNegativeInfinity), 0);
-      if (lane < here)
-        state = __ldcs(reinterpret_cast<const uint2*>(states + int64_t{base + lane} * stride));
-      Vector<kWords> x[kInFlight];
-      slices.load(x, base, count);
-      const float lse = __uint_as_float(state.x), next = ptx::max_or_nan(maximum, warp_max(lse));
-      float weight = 0.0f;
-      if (next != kNegativeInfinity) {
-        if (base > 0) scale(exp_fast(maximum - next));
+    float weight = 0.0f, summand = 0.0f;
+    bool some_blind = false;
+    for (int first = 0;;) {
+      if (first % 32 == 0) {
+        const float lse = __uint_as_float(state.x), next = ptx::max_or_nan(maximum, warp_max(lse));
+        const bool blind = next == kNegativeInfinity;
+        if (first > 0 && !blind) scale(exp_fast(maximum - next));
         maximum = next;
-        weight = exp_fast(lse - next);
-        sum += warp_sum(weight);
-        weight *= scale_of(state.y, half);
+        summand = blind ? 0.0f : exp_fast(lse - next);
+        weight = summand * scale_of(state.y, half);
+        // A piece that holds no token this row sees weighs nothing, whatever its result.
+        some_blind = __any_sync(~0u, first + lane < pieces.count && weight == 0.0f);
       }
-      // A piece that holds no token this row sees weighs nothing, whatever its result.
-      const bool some_blind = __any_sync(~0u, lane < here && weight == 0.0f);
-      for (int first = 0;;) {
-        float own[kInFlight];
+      float own[kInFlight];
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) own[i] = __shfl_sync(~0u, weight, first + i);
-        if (some_blind) {
+      for (int i = 0; i < kInFlight; ++i) own[i] = __shfl_sync(~0u, weight, i);
+      sum += warp_sum_of_weights(summand);
+      summand = 0.0f;
+      if (some_blind) {
 #pragma unroll
-          for (int i = 0; i < kInFlight; ++i)
-            if (own[i] == 0.0f) x[i] = Vector<kWords>{};
-        }
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) add(x[i], own[i]);
-        if (kDiscards) slices.discard(base + first, min(kInFlight, here - first));
-        first += kInFlight;
-        if (first >= here) break;
-        slices.load(x, base + first, count);
+        for (int i = 0; i < kInFlight; ++i)
+          if (own[i] == 0.0f) x[i] = Vector<kWords>{};
       }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) add(x[i], own[i]);
+      if (kDiscards) pieces.discard(first);
+      first += kInFlight;
+      if (first >= pieces.count) break;
+      weight = __shfl_sync(~0u, weight, lane + kInFlight);
+      pieces.load(x, first);
+      if (first % 32 == 0) state = pieces.load_state(first);
     }
   }
 
@@ -124,7 +127,8 @@ struct Merge {
   }
 
   __device__ __forceinline__ float log_sum() const {
-    return sum != 0.0f ? fmaf(ptx::log2_fast(sum), kLn2, maximum) : kNegativeInfinity;
+    if (maximum == kNegativeInfinity) return kNegativeInfinity;
+    return fmaf(ptx::log2_fast(sum), kLn2, maximum);
   }
 
  private:

@@ -5,6 +5,7 @@
 
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/keep.cuh"
+#include "sm90/ptx/order.cuh"
 #include "sm90/quad.cuh"
 #include "sm90/softmax.cuh"
 
@@ -77,30 +78,41 @@ __device__ __forceinline__ void put_words(const uint32_t (&words)[kWords], Vecto
 // neighbours or, from the kernel of few rows, two pairs of neighbours from two tiles; there the
 // eight blocks that a warp has of all tiles lie side by side, so that it writes whole lines. Of
 // block `block` in memory, the place in the row's half.
-__device__ __forceinline__ int column_block(int block, bool few_rows) {
+__device__ __forceinline__ uint32_t column_block(uint32_t block, bool few_rows) {
   return few_rows ? (block & 6) << 2 | (block >> 2 & 6) | (block & 1) : block;
 }
 
-// A lane's pairs of output columns to a row of the output, in the order of columns. All lanes of a
-// warp together.
+// Where a lane's pairs of output columns go, in the order of columns.
 template <int kWords>
-__device__ __forceinline__ void store_slice(void* out, int64_t row, int slice, bool few_rows,
-                                            uint32_t (&pairs)[kWords]) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kWords == 4) {
-    auto* const to =
-        static_cast<uint4*>(out) + (row * kRowHalves + slice) * (kLatent / kRowHalves / 8);
-    transpose_quad(pairs);
-    to[column_block(lane, few_rows)] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  } else {
-    auto* const to = static_cast<uint32_t*>(out) + row * (kLatent / 2);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int word = (slice * 32 + lane) * kWords + i;
-      const int block = word / 16 % 8 * 4 + word % 4;
-      to[word / 128 * 128 + column_block(block, few_rows) * 4 + word / 4 % 4] = pairs[i];
+class SliceOutput {
+ public:
+  __device__ __forceinline__ SliceOutput(void* out, int64_t row, int slice, bool few_rows) {
+    const uint32_t lane = threadIdx.x % 32;
+    if constexpr (kWords == 4) {
+      to_ = static_cast<uint32_t*>(out) + (row * kRowHalves + slice) * (kLatent / kRowHalves / 2) +
+            column_block(lane, few_rows) * 4;
+    } else {
+      const uint32_t word = (slice * 32 + lane) * kWords, block = word / 16 % 8 * 4 + word % 4;
+      to_ = static_cast<uint32_t*>(out) + row * (kLatent / 2) + word / 128 * 128 +
+            column_block(block, few_rows) * 4 + word / 4 % 4;
     }
   }
-}
+
+  __device__ __forceinline__ void use_pointers() const { ptx::use_pointer(to_); }
+
+  // All lanes of a warp together.
+  __device__ __forceinline__ void store(uint32_t (&pairs)[kWords]) const {
+    if constexpr (kWords == 4) {
+      transpose_quad(pairs);
+      *reinterpret_cast<uint4*>(to_) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) to_[4 * i] = pairs[i];  // of the next block of columns
+    }
+  }
+
+ private:
+  uint32_t* to_;
+};
 
 }  // namespace flashmla

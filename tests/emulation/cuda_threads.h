@@ -202,6 +202,14 @@ inline int __reduce_add_sync(unsigned, int value) {
   });
 }
 
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  return emulation::warp_collective(value, [](const int64_t* values, int) {
+    int64_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += values[i];
+    return static_cast<unsigned>(sum);
+  });
+}
+
 inline int __reduce_max_sync(unsigned, int value) {
   return emulation::warp_collective(value, [](const int64_t* values, int) {
     int64_t most = values[0];

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -62,6 +63,10 @@ inline double value_of(__half x) { return x.value; }
 inline double value_of(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
 }  // namespace emulation
+
+inline unsigned __float2uint_rn(float x) {
+  return std::isnan(x) ? 0 : static_cast<unsigned>(std::nearbyint(x));
+}
 
 // What the kernel before writes is read by such loads.
 template <typename T>

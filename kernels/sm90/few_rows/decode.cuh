@@ -233,6 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t padding = -ptx::smem_address(raw_shared) & 1023;
   auto& shared = *reinterpret_cast<DecodeShared*>(raw_shared + padding);
   const int kv_head = blockIdx.y, warpgroup = threadIdx.x / 128;
+  fetch_arguments(a);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&a.kv_map);
     init_barriers<1>(shared);

@@ -52,13 +52,6 @@ __device__ __forceinline__ void pin_registers(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-// What follows in the source also follows in the machine's code: the assembler moves nothing over a
-// branch, but over a product whatever it does not need. This one is never taken, which only the
-// caller knows: `count` is not negative. `place` tells those apart that follow one another.
-__device__ __forceinline__ void keep_order(int count, int place) {
-  if (count == -1 - place) asm volatile("trap;");
-}
-
 // Accumulators that nobody reads any more. A product that replaces them names them as inputs all
 // the same: without a value here they would keep their registers until then.
 __device__ __forceinline__ void forget_register(float& value) {
