@@ -20,7 +20,7 @@ __device__ __forceinline__ int log2_of_ratio(int large, int small) {
 // How a combine kernel's warps share slices and pieces, kInFlight of which a warp asks for at once.
 struct Shares {
   uint32_t units;  // slices of all cut requests' rows
-  int group_log2;  // warps that share a slice's pieces
+  int group_log2;  // of the warps that share a slice's pieces
   int blocks;      // that have something to do
 
   template <int kWords, int kInFlight>
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kCombineThreads, kBlocksPerSm)
     const Pieces<kWords, kInFlight> pieces(
         Slices(a, first, group * rows, slice), a.partial_lse + first, group * rows,
         real ? (request.count - member + group - 1) >> group_log2 : 0);
-    if (a.batch < 0) pieces.use_pointers();
+    if (a.batch < 0) pieces.use_pointers();  // never: so they are worked out by now
     ptx::wait_for_previous_kernel();
     if (!real && group == 1) continue;
 

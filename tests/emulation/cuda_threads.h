@@ -194,19 +194,12 @@ T __shfl_sync(unsigned, T value, int from) {
   return shuffle(value, [=](int) { return from; });
 }
 
-inline int __reduce_add_sync(unsigned, int value) {
+template <typename T>  // int or unsigned
+T __reduce_add_sync(unsigned, T value) {
   return emulation::warp_collective(value, [](const int64_t* values, int) {
     int64_t sum = 0;
     for (int i = 0; i < 32; ++i) sum += values[i];
-    return static_cast<int>(sum);
-  });
-}
-
-inline unsigned __reduce_add_sync(unsigned, unsigned value) {
-  return emulation::warp_collective(value, [](const int64_t* values, int) {
-    int64_t sum = 0;
-    for (int i = 0; i < 32; ++i) sum += values[i];
-    return static_cast<unsigned>(sum);
+    return static_cast<T>(sum);
   });
 }
 
