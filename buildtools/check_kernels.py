@@ -52,10 +52,10 @@ class Rule:
     steps_apart: int = 0  # of P V, each behind exponentials of its own; not in batch-invariant mode
 
 
-# Each of three roles waits by itself.
+# Each role waits by itself: two sides, who loads Q, and who loads halves of pages of three kinds.
 FEW_ROWS = Rule(
     required=("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS", "FENCE"),
-    waits=3,
+    waits=9,
     waits_before_launch=True,
     waits_before_reading=True,
 )
@@ -70,7 +70,7 @@ RULES = {
     "empty_stale_kernel": Rule(waits=1),
 }
 WAIT, LAUNCH = "ACQBULK", "PREEXIT"  # griddepcontrol.wait and .launch_dependents
-READ, ROLE = "LDG", "USETMAXREG"  # of global memory; with what the code of a role begins
+READ, ROLE, END = "LDG", "USETMAXREG", "EXIT"  # of global memory; with what the code of a role begins, and ends
 VALUES, EXPONENTIAL = "HGMMA.64x256", "MUFU.EX2"  # a step of P V
 
 
@@ -154,7 +154,7 @@ def read_sass(sass: str, kernels: dict[str, Kernel]) -> None:
         elif kernel and (op := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", line)):
             opcode = op[1]
             kernel.opcodes[opcode] += 1
-            waited = opcode == WAIT or (waited and opcode != ROLE)
+            waited = opcode == WAIT or (waited and opcode != ROLE and not (opcode == END and "@" not in line))
             kernel.early_reads += opcode == READ and not waited
             step = VALUES in line
             kernel.steps_apart += step and exponentials

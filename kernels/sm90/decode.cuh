@@ -34,26 +34,53 @@ namespace flashmla {
 // may be absent.
 using QueryRegisters = uint32_t[kRegisterTiles][4][4];
 
-// Each thread loads whole 16-byte vectors, every fourth of its rows; see arrange.
+// What a thread loads of an item's Q into those: whole 16-byte vectors, every fourth of its rows;
+// see arrange. Where its rows lie in a request is worked out beforehand, as by QueryCopies.
 template <bool kRagged, int kThreadRows>
-__device__ __forceinline__ void load_query_registers(const DecodeArguments& a, int request,
-                                                     int kv_head, int row_begin,
-                                                     QueryRegisters& q) {
+class QueryLoads {
+ public:
+  __device__ __forceinline__ QueryLoads(const DecodeArguments& a, int kv_head, int row_begin)
+      : kv_head_(kv_head), row_begin_(row_begin) {
+    if constexpr (!kRagged) set_rows(a, 0);
+  }
+
+  __device__ __forceinline__ void use_pointers() const {
+    if constexpr (kRagged) return;
 #pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int row =
-        min(row_begin + accumulator_row<kThreadRows>(r), request_rows<kRagged>(a, request) - 1);
-    const auto* source =
-        reinterpret_cast<const uint4*>(query_row<kRagged>(a, a.q_latent, request, kv_head, row)) +
-        kFirstRegisterTile * 8 + threadIdx.x % 4;
+    for (int r = 0; r < kThreadRows; ++r) ptx::use_pointer(rows_[r]);
+  }
+
+  __device__ __forceinline__ void load(const DecodeArguments& a, int request, QueryRegisters& q) {
+    if constexpr (kRagged) set_rows(a, request);
+    const int64_t offset = kRagged ? 0 : request * a.q_latent.batch_stride;
 #pragma unroll
-    for (int i = 0; i < 2 * kRegisterTiles; ++i) {
-      const uint4 v = __ldg(source + 4 * i);
-      uint32_t (&vector)[4] = q[i / 2][i % 2 * 2 + r];
-      vector[0] = v.x, vector[1] = v.y, vector[2] = v.z, vector[3] = v.w;
+    for (int r = 0; r < kThreadRows; ++r) {
+      rows_[r] += offset;
+      ptx::pin_register(rows_[r]);  // or loads would work it out, each for itself
+      const auto* source = reinterpret_cast<const uint4*>(rows_[r]);
+#pragma unroll
+      for (int i = 0; i < 2 * kRegisterTiles; ++i) {
+        const uint4 v = __ldg(source + 4 * i);
+        uint32_t (&vector)[4] = q[i / 2][i % 2 * 2 + r];
+        vector[0] = v.x, vector[1] = v.y, vector[2] = v.z, vector[3] = v.w;
+      }
     }
   }
-}
+
+ private:
+  __device__ __forceinline__ void set_rows(const DecodeArguments& a, int request) {
+    const int last = request_rows<kRagged>(a, request) - 1;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int row = min(row_begin_ + accumulator_row<kThreadRows>(r), last);
+      rows_[r] = query_row<kRagged>(a, a.q_latent, request, kv_head_, row) +
+                 kFirstRegisterTile * 64 + threadIdx.x % 4 * 8;
+    }
+  }
+
+  int kv_head_, row_begin_;
+  const uint16_t* rows_[kThreadRows];
+};
 
 // Gives each thread of a quad the columns that wgmma wants from it: word `lane % 4` of each vector.
 template <int kThreadRows>
@@ -132,7 +159,11 @@ __device__ __forceinline__ uint32_t probabilities_address(uint8_t* tile, int k) 
 
 template <typename Element, bool kInvariant, bool kRagged, int kThreadRows, int kClusterSize>
 __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared& shared,
-                                         int row_begin, int kv_head, const PartItems& items) {
+                                         int row_begin, int kv_head) {
+  using Queries = QueryLoads<kRagged, kThreadRows>;
+  Queries first_query(a, kv_head, row_begin);
+  if (a.batch < 0) first_query.use_pointers();  // never: so they are worked out by now
+  const PartItems items(a);
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kLeftStages> ring;
   Ring<kRightStages> right_ring;
@@ -143,15 +174,12 @@ __device__ __forceinline__ void run_left(const DecodeArguments& a, DecodeShared&
   QueryRegisters q_registers;
   const int last = items.last;
   const auto query_is_there = [](int) {};
-  const auto load_query = [&](int request) {
-    load_query_registers<kRagged, kThreadRows>(a, request, kv_head, row_begin, q_registers);
-  };
   const auto load_next_query = [&](int i) {
-    if (i < last) load_query(Item(__ldg(a.items + i)).request);
+    if (i < last) Queries(a, kv_head, row_begin).load(a, Item(a.items[i]).request, q_registers);
   };
-  if (items.first < last) load_query(items.item(a, items.first).request);
+  if (items.first < last) first_query.load(a, items.item(a, items.first).request, q_registers);
   for (int i = items.first; i < last; ++i) {
-    const Item item(__ldg(a.items + i));
+    const Item item(a.items[i]);
     if (item.pages() == 0) {
       store_empty<Element, kRagged>(a, item, kv_head, row_begin);
       load_next_query(i + 1);
@@ -309,12 +337,11 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Ring<kRightStages> ring;
   Ring<kLeftStages> p_ring;
-  load_first_queries<QueriesInTiles<kThreadRows>, kRagged>(a, shared, row_begin, kv_head, items);
   const int last = items.last;
   float o[128];
   uint32_t p[4][4];
   for (int i = items.first; i < last; ++i) {
-    const Item item(__ldg(a.items + i));
+    const Item item(a.items[i]);
     if (item.pages() == 0) {
       store_empty<Element, kRagged>(a, item, kv_head, row_begin);
       continue;
@@ -419,15 +446,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     run_producer<QueriesInTiles<kThreadRows>, kRagged, kClusterSize>(a, shared, row_begin, kv_head);
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
-    ptx::wait_for_previous_kernel();
-    const PartItems items(a);
-    run_left<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin, kv_head,
-                                                                      items);
+    run_left<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin,
+                                                                      kv_head);
   } else {
     ptx::register_increase<kRightRegisters>();
-    zero_absent_rows<QueriesInTiles<kThreadRows>>(shared, a.rows - row_begin);
-    ptx::wait_for_previous_kernel();
-    const PartItems items(a);
+    const PartItems items =
+        load_first_queries<QueriesInTiles<kThreadRows>, kRagged>(a, shared, row_begin, kv_head);
     run_right<Element, kInvariant, kRagged, kThreadRows, kClusterSize>(a, shared, row_begin,
                                                                        kv_head, items);
   }

@@ -4,6 +4,8 @@
 #include "sm90/decode_params.cuh"
 #include "sm90/ptx/cluster.cuh"
 #include "sm90/ptx/mbarrier.cuh"
+#include "sm90/ptx/order.cuh"
+#include "sm90/ptx/sync.cuh"
 #include "sm90/ptx/wgmma.cuh"
 
 namespace flashmla {
@@ -101,18 +103,26 @@ struct Item {
 };
 
 // Items first .. last - 1 of a thread block's part. In short batches the first one is mostly that
-// of the part's own number: it is asked for at once, not when its place is known.
+// of the part's own number: it is asked for at once, not when its place is known. All by ordinary
+// loads: what __ldg says nobody writes the assembler asks for before the kernel has waited.
 struct PartItems {
   int4 likely;
   int first, last;
 
-  __device__ __forceinline__ explicit PartItems(const DecodeArguments& a)
-      : likely(__ldg(a.items + blockIdx.z)),
-        first(__ldg(a.part_offsets + blockIdx.z)),
-        last(__ldg(a.part_offsets + blockIdx.z + 1)) {}
+  // Waits for the kernel before.
+  __device__ __forceinline__ explicit PartItems(const DecodeArguments& a) {
+    const int4* const own = a.items + blockIdx.z;
+    const int32_t* const offsets = a.part_offsets + blockIdx.z;
+    const bool never = a.batch < 0;
+    if (never) ptx::use_pointer(own), ptx::use_pointer(offsets);  // so they are worked out by now
+    ptx::wait_for_previous_kernel();
+    likely = *own;
+    first = offsets[0], last = offsets[1];
+    if (never) ptx::use_pointer(a.items + likely.x);  // so it is asked for now
+  }
 
   __device__ __forceinline__ Item item(const DecodeArguments& a, int i) const {
-    return Item(i == static_cast<int>(blockIdx.z) ? likely : __ldg(a.items + i));
+    return Item(i == static_cast<int>(blockIdx.z) ? likely : a.items[i]);
   }
 };
 
@@ -134,12 +144,6 @@ template <int kThreadRows>
 __device__ __forceinline__ int accumulator_row(int r) {
   const int warp = threadIdx.x % 128 / 32, row = threadIdx.x % 32 / 4;
   return kThreadRows == 1 ? 4 * row + warp : 16 * warp + row + 8 * r;
-}
-
-// Where a row lies in a tile of 64.
-template <int kThreadRows>
-__device__ __forceinline__ int place_of_row(int row) {
-  return kThreadRows == 1 ? row % 4 * 16 + row / 4 : row;
 }
 
 // Which of dealt rows lies at a place; kTileRows: none.

@@ -9,20 +9,24 @@
 
 namespace flashmla {
 
-// What a lane loads of every tile of 64 tokens: one box. A page of 64 tokens or more fills a column
-// tile with a box; smaller ones, kSmallPages, take two or four, one below the other.
-template <bool kSmallPages>
+// A page of 64 tokens or more fills a column tile with a box, of small ones two or four do, one
+// below the other; large ones are several tiles.
+enum class Pages { kSmall, kTile, kLarge };
+
+// What a lane loads of every tile of 64 tokens: one box.
+template <Pages kPages>
 struct Box {
+  static constexpr bool kSmall = kPages == Pages::kSmall;
   int count_log2;  // boxes that fill a column tile
   int index;       // which of them
   int tile;        // column tile, 0 .. 31
   int offset;      // in its column tile, in bytes: whole swizzle atoms of 8 rows
 
   __device__ __forceinline__ explicit Box(const DecodeArguments& a)
-      : count_log2(kSmallPages ? kTileLog2 - a.box_log2 : 0),
+      : count_log2(kSmall ? kTileLog2 - a.box_log2 : 0),
         index(threadIdx.x & ((1 << count_log2) - 1)),
         tile(threadIdx.x % 32 >> count_log2),
-        offset(kSmallPages ? index * 128 << a.box_log2 : 0) {}
+        offset(kSmall ? index * 128 << a.box_log2 : 0) {}
 };
 
 // TMA reads a page out of range as zeros.
@@ -30,27 +34,27 @@ constexpr int kNoPage = -1;
 
 // Calls load(page id, first row in the page) of each lane's box of every tile of the items; a warp
 // together. A box past the request's last page is of kNoPage.
-template <bool kSmallPages, typename Load>
-__device__ __forceinline__ void for_each_tile(const DecodeArguments& a, Box<kSmallPages> box,
+template <Pages kPages, typename Load>
+__device__ __forceinline__ void for_each_tile(const DecodeArguments& a, Box<kPages> box,
                                               const PartItems& items, Load load) {
   const int lookup_tiles = 32 >> box.count_log2;  // whose pages a warp looks up at once
   for (int i = items.first; i < items.last; ++i) {
     const Item item = items.item(a, i);
     const int32_t* table = a.block_table + item.request * a.block_table_stride;
     int end = item.page_end << box.count_log2;
-    if (kSmallPages) end = min(end, request_boxes(a, item.request));
+    if (kPages == Pages::kSmall) end = min(end, request_boxes(a, item.request));
     for (int base = item.page_begin; base < item.page_end; base += lookup_tiles) {
       // Every lane looks up one page, so that table reads are a thirty-second of the waits.
       const int own = (base << box.count_log2) + threadIdx.x % 32;
-      const bool spanned = !kSmallPages && a.tiles_per_page.divisor > 1;
-      const int page = spanned ? a.tiles_per_page.divide(own) : own;
-      const int page_id = own < end ? __ldg(table + page) : kNoPage;
-      const int row = spanned ? a.tiles_per_page.remainder(own) * kTileTokens : 0;
+      constexpr bool kLarge = kPages == Pages::kLarge;
+      const int page = kLarge ? a.tiles_per_page.divide(own) : own;
+      const int page_id = own < end ? table[page] : kNoPage;
+      const int row = kLarge ? a.tiles_per_page.remainder(own) * kTileTokens : 0;
       const int count = min(lookup_tiles, item.page_end - base);
 #pragma unroll 1  // keeps the code short: short requests pay for fetching it
       for (int j = 0; j < count; ++j) {
         const int lane = (j << box.count_log2) + box.index;
-        load(__shfl_sync(~0u, page_id, lane), __shfl_sync(~0u, row, lane));
+        load(__shfl_sync(~0u, page_id, lane), kLarge ? __shfl_sync(~0u, row, lane) : 0);
       }
     }
   }
@@ -103,17 +107,29 @@ __device__ __forceinline__ void wait_until_empty(Ring<kStages> ring,
   }
 }
 
-template <typename Queries, bool kSmallPages, bool kRagged, int kClusterSize>
+// By each role where its own code begins: a branch to what lies far away takes its time, and should
+// not do so when the items are there.
+__device__ __forceinline__ PartItems begin_part(const DecodeArguments& a) {
+  const PartItems items(a);
+  // After its wait: the next kernel reads what this one has waited for before it waits itself.
+  ptx::let_next_kernel_start();
+  return items;
+}
+
+template <typename Queries, Pages kPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShared& shared,
-                                            int kv_head, const PartItems& items) {
+                                            int kv_head) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
-  const Box<kSmallPages> box(a);
+  const Box<kPages> box(a);
   Ring<kLeftStages> ring;
-  bool hold = waits_for_queries(a, items);
+  const PartItems items = begin_part(a);
+  bool first = true;
   for_each_tile(a, box, items, [&](int page, int row) {
     const int stage = ring.stage;
-    ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
-    wait_until_loaded(ring.previous(), shared.left_full);
+    if (!first) {  // of which nobody has to wait for anything
+      ptx::mbarrier_wait(&shared.left_empty[stage], ring.parity ^ 1);
+      wait_until_loaded(ring.previous(), shared.left_full);
+    }
     if (lane < 2)
       ptx::mbarrier_arrive_expect_tx(&shared.left_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
@@ -127,13 +143,15 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
       const bool loads = loader_of<kClusterSize>(stage) == rank;
       if (loads) ptx::mbarrier_wait(&shared.rope_empty[stage], ring.parity ^ 1);
       if (box.index == 0) ptx::mbarrier_arrive_expect_tx(&shared.rope_full[stage], ptx::kTileBytes);
-      if (kSmallPages) __syncwarp(((1 << (1 << box.count_log2)) - 1) << (lane - box.index));
+      if (kPages == Pages::kSmall)
+        __syncwarp(((1 << (1 << box.count_log2)) - 1) << (lane - box.index));
       if (loads)
         load_box<kRagged, kClusterSize>(a, shared.rope[stage] + box.offset,
                                         &shared.rope_full[stage], kv_head, page, row, kRopeTile);
     }
-    if (hold) ptx::mbarrier_wait(&shared.q_full[Queries::kParts - 1], 0);
-    hold = false;
+    if (first && waits_for_queries(a, items))
+      ptx::mbarrier_wait(&shared.q_full[Queries::kParts - 1], 0);
+    first = false;
     ring.advance();
   });
   if constexpr (kClusterSize > 1) {
@@ -143,17 +161,20 @@ __device__ __forceinline__ void stream_left(const DecodeArguments& a, DecodeShar
   }
 }
 
-template <typename Queries, bool kSmallPages, bool kRagged, int kClusterSize>
+template <typename Queries, Pages kPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeShared& shared,
-                                             int kv_head, const PartItems& items) {
+                                             int kv_head) {
   const int lane = threadIdx.x % 32, rank = cluster_rank<kClusterSize>();
-  const Box<kSmallPages> box(a);
+  const Box<kPages> box(a);
   Ring<kRightStages> ring;
-  bool hold = waits_for_queries(a, items);
+  const PartItems items = begin_part(a);
+  bool first = true;
   for_each_tile(a, box, items, [&](int page, int row) {
     const int stage = ring.stage;
-    ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
-    wait_until_loaded(ring.previous(), shared.right_full);
+    if (!first) {  // of which nobody has to wait for anything
+      ptx::mbarrier_wait(&shared.right_empty[stage], ring.parity ^ 1);
+      wait_until_loaded(ring.previous(), shared.right_full);
+    }
     if (lane < 2)
       ptx::mbarrier_arrive_expect_tx(&shared.right_full[stage][lane], 2 * ptx::kTileBytes);
     __syncwarp();
@@ -161,37 +182,40 @@ __device__ __forceinline__ void stream_right(const DecodeArguments& a, DecodeSha
       load_box<kRagged, kClusterSize>(a, shared.right[stage][box.tile] + box.offset,
                                       &shared.right_full[stage][box.tile / 2], kv_head, page, row,
                                       kHalfTiles + box.tile);
-    if (hold) ptx::mbarrier_wait(&shared.q_full[Queries::kParts - 1], 0);
-    hold = false;
+    if (first && waits_for_queries(a, items))
+      ptx::mbarrier_wait(&shared.q_full[Queries::kParts - 1], 0);
+    first = false;
     ring.advance();
   });
   if constexpr (kClusterSize > 1) wait_until_empty(ring, shared.right_empty);
 }
 
 // Warp 0 the left halves and rope columns, warp 1 the right halves.
-template <typename Queries, bool kSmallPages, bool kRagged, int kClusterSize>
+template <typename Queries, Pages kPages, bool kRagged, int kClusterSize>
 __device__ __forceinline__ void stream_pages(const DecodeArguments& a, DecodeShared& shared,
-                                             int kv_head, const PartItems& items) {
+                                             int kv_head) {
   if (threadIdx.x < 32) {
-    stream_left<Queries, kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
+    stream_left<Queries, kPages, kRagged, kClusterSize>(a, shared, kv_head);
   } else {
-    stream_right<Queries, kSmallPages, kRagged, kClusterSize>(a, shared, kv_head, items);
+    stream_right<Queries, kPages, kRagged, kClusterSize>(a, shared, kv_head);
   }
 }
 
 template <typename Queries, bool kRagged, int kClusterSize>
-__device__ __forceinline__ void run_producer(const DecodeArguments& a, DecodeShared& shared,
+__device__ __forceinline__ void run_producer(const DecodeArguments& a, DecodeShared& of_block,
                                              int row_begin, int kv_head) {
   ptx::register_decrease<kProducerRegisters>();
-  ptx::wait_for_previous_kernel();
-  // After that: the next kernel reads what this one has waited for before it waits itself.
-  ptx::let_next_kernel_start();
-  const PartItems items(a);
-  if (threadIdx.x < 64 && a.box_log2 == kTileLog2) {
-    stream_pages<Queries, false, kRagged, kClusterSize>(a, shared, kv_head, items);
-  } else if (threadIdx.x < 64) {
-    stream_pages<Queries, true, kRagged, kClusterSize>(a, shared, kv_head, items);
+  DecodeShared& shared = ptx::with_address_at_hand(of_block);
+  if (threadIdx.x < 64) {
+    if (a.box_log2 < kTileLog2) {
+      stream_pages<Queries, Pages::kSmall, kRagged, kClusterSize>(a, shared, kv_head);
+    } else if (a.tiles_per_page.divisor > 1) {
+      stream_pages<Queries, Pages::kLarge, kRagged, kClusterSize>(a, shared, kv_head);
+    } else {
+      stream_pages<Queries, Pages::kTile, kRagged, kClusterSize>(a, shared, kv_head);
+    }
   } else {
+    const PartItems items = begin_part(a);
     stream_queries<Queries, kRagged>(a, shared, row_begin, kv_head, items);
     if (threadIdx.x < 96 && blockIdx.x + kv_head == 0)
       report_stale_plan(a, items.first, items.last);

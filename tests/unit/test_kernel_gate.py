@@ -65,7 +65,7 @@ def test_a_decode_kernel_that_starts_the_next_one_too_early_is_faulted(tmp_path:
     assert too_early in faults_of(source.format(launch + wait), tmp_path)
     assert too_early in faults_of(source.format(wait), tmp_path)
     faults = faults_of(source.format(wait + launch), tmp_path)
-    assert too_early not in faults and "waits for the kernel before in 1 places, not in 3" in faults
+    assert too_early not in faults and "waits for the kernel before in 1 places, not in 9" in faults
 
 
 @needs_nvcc

@@ -183,7 +183,6 @@ __device__ __forceinline__ void run_right(const DecodeArguments& a, DecodeShared
   Sums sums;
   bool odd = false;
   Output o;
-  load_first_queries<FewQueries, kRagged>(a, shared, 0, kv_head, items);
   for (int i = items.first; i < items.last; ++i) {
     const Item item = items.item(a, i);
     if (item.pages() == 0) {
@@ -245,14 +244,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     run_producer<FewQueries, kRagged, 1>(a, shared, 0, kv_head);
   } else if (warpgroup == 1) {
     ptx::register_increase<kLeftRegisters>();
-    ptx::wait_for_previous_kernel();
     const PartItems items(a);
     run_left<Element, kRagged>(a, shared, kv_head, items);
   } else {
     ptx::register_increase<kRightRegisters>();
-    zero_absent_rows<FewQueries>(shared, a.rows);
-    ptx::wait_for_previous_kernel();
-    const PartItems items(a);
+    const PartItems items = load_first_queries<FewQueries, kRagged>(a, shared, 0, kv_head);
     run_right<Element, kRagged>(a, shared, kv_head, items);
   }
 }

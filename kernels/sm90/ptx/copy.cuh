@@ -39,9 +39,11 @@ __device__ __forceinline__ void tma_multicast_5d(void* destination, const CUtens
       : "memory");
 }
 
-__device__ __forceinline__ void copy_async_16(void* destination, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(destination)),
-               "l"(source)
+// `to`: an address in shared memory. Bytes from there and from `from` are part of the instruction.
+template <int kTo, int kFrom>
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(kTo),
+               "n"(kFrom)
                : "memory");
 }
 

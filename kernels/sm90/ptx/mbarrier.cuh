@@ -11,6 +11,15 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same object, but for the compiler: whose address is in a register. In every branch anew, as
+// that prefers, it takes a read of a special register, which is slow, and some arithmetic.
+template <typename T>
+__device__ __forceinline__ T& with_address_at_hand(T& object) {
+  uint32_t address = smem_address(&object);
+  asm volatile("" : "+r"(address));
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals)
                : "memory");

@@ -66,6 +66,9 @@ __device__ __forceinline__ void forget_registers(float (&values)[kCount]) {
 
 // Keeps the compiler from working out a value again where it is used.
 __device__ __forceinline__ void pin_register(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin_register(const uint16_t*& value) {
+  asm volatile("" : "+l"(value));
+}
 
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
