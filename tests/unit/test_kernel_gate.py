@@ -79,6 +79,19 @@ def test_a_decode_kernel_that_reads_too_early_is_faulted(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    "end, early",
+    [("", 0), ("@P0 EXIT ;", 0), ("EXIT ;", 1)],  # behind an end for all lies another role
+)
+def test_a_wait_counts_up_to_the_end_of_its_role(end: str, early: int) -> None:
+    symbol = "_ZN8flashmla13decode_kernelI6__halfLb0ELb0EEEv"
+    kernels, _ = check_kernels.read_log(f"Compiling entry function '{symbol}'\nptxas info    : Used 168 registers")
+    code = ["ACQBULK ;", *([end] if end else []), "LDG.E R2, desc[UR4][R2.64] ;"]
+    lines = [f".text.{symbol}:", *(f"        /*{i:04x}*/   {x}" for i, x in enumerate(code))]
+    check_kernels.read_sass("\n".join(lines), kernels)
+    assert kernels[symbol].early_reads == early
+
+
+@pytest.mark.parametrize(
     "steps, symbol, faulted",
     [
         ("EHEHEHEH", "_ZN8flashmla13decode_kernelI6__halfLb0ELb0EEEv", False),
